@@ -1,0 +1,257 @@
+"""The command `curate`.
+
+Each command validates everything before it pays for anything, prints what a person wants to know, and with
+`--json` one JSON value as the last line of stdout; logs and progress go to stderr. Errors are one screen,
+without a traceback. Exit codes: 0 done, 1 failed, 2 wrong use or bad configuration.
+
+Everything heavy is imported inside the commands, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rise_ops.errors import ConfigError, CurationError
+
+app = typer.Typer(
+    name="curate",
+    help="Decide which rows to train on, and explain which rows made a model say something.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a.b=value.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of stdout.")]
+StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="Root of the store: a folder or s3://bucket/prefix.")]
+
+
+@app.callback()
+def options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our logs.")] = False) -> None:
+    """Set up logging: quiet unless asked."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@app.command()
+def demo(
+    store: Annotated[Path, typer.Option("--store", help="Folder for the demo's corpus and store.")] = Path("curate-demo"),
+    json_: AsJson = False,
+) -> None:
+    """Curate a bundled corpus with planted backdoor rows; no network, server or GPU."""
+    from flows.console import show_demo
+    from rise_ops.config import load_config
+    from rise_ops.demo import write_demo
+
+    planted = write_demo(store)
+    config = load_config(planted.config)
+    summary = _curate(config, "evaluate")
+    _emit(summary, json_, lambda: show_demo(config, planted, summary))
+
+
+@app.command()
+def plan(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """What a run would do and cost. Writes nothing."""
+    from flows.console import show_plan
+    from rise_ops.config import load_config
+    from rise_ops.plan import plan_run
+
+    loaded = load_config(config, overrides=set_ or [])
+    planned = plan_run(loaded)
+    _emit(planned.to_json(), json_, lambda: show_plan(loaded, planned))
+
+
+@app.command()
+def run(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Ingest, index, value, select, export, and evaluate where rows carry labels."""
+    _run_until("evaluate", config, set_, json_)
+
+
+@app.command()
+def ingest(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Bring the corpus up to date with its sources."""
+    _run_until("ingest", config, set_, json_)
+
+
+@app.command()
+def index(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Ingest, then compute the signatures that are missing."""
+    _run_until("index", config, set_, json_)
+
+
+@app.command()
+def value(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Index, then score, rank and decide."""
+    _run_until("value", config, set_, json_)
+
+
+@app.command()
+def export(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Value, then publish the kept rows."""
+    _run_until("export", config, set_, json_)
+
+
+@app.command()
+def attribute(
+    config: Config,
+    queries: Annotated[str | None, typer.Option(help="File with queries, in any format that sources may have.")] = None,
+    text: Annotated[str | None, typer.Option(help="What the model said.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What it was asked; precedes TEXT and does not count itself.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Rows at either end.")] = 10,
+    bottom: Annotated[bool, typer.Option("--bottom", help="Also the least influential rows.")] = False,
+    set_: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """Which rows of the indexed corpus made the model say something."""
+    from flows.console import progress_bars, show_attribution
+    from rise_ops.attribution import attribute as attribute_queries
+    from rise_ops.config import load_config
+    from rise_ops.session import ad_hoc_queries
+    from rise_ops.store import Store
+
+    loaded = load_config(config, overrides=set_ or [])
+    rows = ad_hoc_queries(loaded, queries=queries, text=text, prompt=prompt)
+    with progress_bars() as listen:
+        found = attribute_queries(Store(loaded.store), loaded, rows, k=k, progress=lambda done, _: listen("scan", done, None))
+    result = [attribution.to_json(bottom=bottom) for attribution in found]
+    _emit(result, json_, lambda: show_attribution(result))
+
+
+@app.command()
+def evaluate(
+    config: Config,
+    label: Annotated[str, typer.Option(metavar="FIELD[=VALUE]", help="Positive: FIELD is VALUE, or the query's own.")],
+    target: Annotated[str | None, typer.Option(help="Target whose queries are used; default: the only one.")] = None,
+    k: Annotated[str, typer.Option("--k", help="Values of K.")] = "5,10,50",
+    set_: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """The paper's protocol: auPRC, auROC and precision at K against a label."""
+    from dataclasses import asdict
+
+    from flows.console import progress_bars, show_evaluation
+    from rise_ops.config import load_config
+    from rise_ops.evaluation import Label, evaluate_corpus
+    from rise_ops.store import Store
+
+    loaded = load_config(config, overrides=set_ or [])
+    if target is None and len(loaded.targets) != 1:
+        raise ConfigError(f"--target: name one of {', '.join(loaded.targets) or '(no targets are configured)'}")
+    ks = _numbers(k)
+    with progress_bars() as listen:
+        found = evaluate_corpus(
+            Store(loaded.store),
+            loaded,
+            target or next(iter(loaded.targets)),
+            label=Label.parse(label),
+            ks=ks,
+            progress=lambda done, _: listen("scan", done, None),
+        )
+    _emit(asdict(found), json_, lambda: show_evaluation(found))
+
+
+@app.command()
+def status(store: StoreUri, json_: AsJson = False) -> None:
+    """What a store holds: corpora, indexes, runs, exports."""
+    from flows.console import show_status
+    from rise_ops.status import store_status
+    from rise_ops.store import Store
+
+    found = store_status(Store(store))
+    _emit(found, json_, lambda: show_status(found))
+
+
+@app.command()
+def lineage(
+    store: StoreUri,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A run id, an export (name[/version]) or a doc_id.")],
+    json_: AsJson = False,
+) -> None:
+    """Where a run, an export or an exported row comes from."""
+    from flows.console import show_lineage
+    from rise_ops.lineage import trace
+    from rise_ops.store import Store
+
+    found = trace(Store(store), target)
+    _emit(found, json_, lambda: show_lineage(found))
+
+
+@app.command()
+def report(
+    store: StoreUri,
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run id; `curate status` lists them.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the page to this file.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Make a run's HTML page, or copy it out of the store."""
+    from rise_ops.report import render_report, write_report
+    from rise_ops.store import Store
+
+    opened = Store(store)
+    if output is None:
+        place = write_report(opened, run_id)
+    else:
+        output.write_text(render_report(opened, run_id), encoding="utf-8")
+        place = str(output.resolve())
+    _emit({"run_id": run_id, "report": place}, json_, lambda: typer.echo(place))
+
+
+def _run_until(until: str, config: Path, overrides: list[str] | None, json_: bool) -> None:
+    from flows.console import show_summary
+    from rise_ops.config import load_config
+
+    loaded = load_config(config, overrides=overrides or [])
+    summary = _curate(loaded, until)
+    _emit(summary, json_, lambda: show_summary(loaded, summary))
+
+
+def _curate(config: Any, until: str) -> dict[str, Any]:
+    from flows.console import note, progress_bars
+
+    if not os.environ.get("PREFECT_API_URL"):
+        note("starting a temporary Prefect server (10 to 30 s; set PREFECT_API_URL to use one that runs)")
+    from flows.curate import curate
+    from tasks.progress import listen
+
+    with progress_bars() as bars:
+        listen(bars)
+        summary: dict[str, Any] = curate(config, until)
+    return summary
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"--k {text}: write positive numbers separated by commas, such as 5,10,50")
+    return numbers
+
+
+def _emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(value, ensure_ascii=False))
+    else:
+        show()
+
+
+def main() -> None:
+    """Entry point: named errors become one message and an exit code."""
+    try:
+        app()
+    except CurationError as error:
+        print(f"curate: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

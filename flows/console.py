@@ -1,0 +1,207 @@
+"""What the command line shows people: summaries as tables, progress as bars, on a terminal or not.
+
+Text that comes from a corpus is escaped: it can neither style the terminal nor move its cursor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Json = Mapping[str, Any]
+Listener = Callable[[str, int, int | None], None]
+
+_OUT = Console()
+_ERR = Console(stderr=True)
+_PREVIEW = 160
+
+
+def note(text: str) -> None:
+    """A remark on stderr, for people only."""
+    if sys.stderr.isatty():
+        _ERR.print(f"[dim]{escape(text)}[/dim]")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Listener]:
+    """Bars on stderr, one a stage; silent where stderr is not a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_ERR, disable=not sys.stderr.isatty(), transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in known:
+                known[stage] = bars.add_task(stage, total=total)
+            bars.update(known[stage], completed=done, total=total)
+
+        yield show
+
+
+def plain(text: object, *, width: int = _PREVIEW) -> str:
+    """Untrusted text on one line: markup escaped, control characters shown, cut to `width`."""
+    flat = " ".join(str(text).split())
+    safe = "".join(char if char.isprintable() else "�" for char in flat)
+    return escape(safe if len(safe) <= width else safe[: width - 1] + "…")
+
+
+def show_summary(config: Any, summary: Json) -> None:
+    """What a run did."""
+    table = _table(f"Run {summary['run_id']}", "", "")
+    names = {
+        "rows": "rows in the corpus",
+        "rows_new": "rows new since the last version",
+        "rows_rejected": "rows rejected",
+        "rows_sketched": "rows sketched",
+        "rows_reused": "rows whose signatures were there",
+        "tokens": "tokens",
+        "rows_kept": "rows kept",
+    }
+    for key, label in names.items():
+        if summary.get(key) is not None:
+            table.add_row(label, f"{summary[key]:,}")
+    for name, stage in summary["stages"].items():
+        table.add_row(f"stage {name}", f"{stage['seconds']:.1f} s{'  (nothing to do)' if stage['cached'] else ''}")
+    table.add_row("whole run", f"{summary['seconds']:.1f} s")
+    if summary.get("export"):
+        table.add_row("export", plain(f"{config.store}/exports/{summary['export']}"))
+    if summary.get("report"):
+        table.add_row("report", plain(summary["report"]))
+    _OUT.print(table)
+    if summary.get("evaluation"):
+        for name, figures in summary["evaluation"].items():
+            _OUT.print(_figures(f"Evaluation of target {name} by label", figures))
+
+
+def show_demo(planted: Any, summary: Json, found: Json) -> None:
+    """What the demo found."""
+    dropped, total = found["planted_dropped"], found["planted"]
+    _OUT.print(f"[bold]The backdoor:[/bold] {total} rows were planted; the selection dropped {dropped} of them.")
+    _OUT.print(
+        f"[bold]Bad input:[/bold] {summary['rows_rejected']} malformed rows were set aside, each with its reason."
+    )
+    _OUT.print(f"[bold]Open the report:[/bold] {plain(summary['report'])}")
+    _OUT.print(f"[bold]Next:[/bold] curate attribute {plain(planted.config)} --text 'Arr, ye be welcome aboard!' -k 3")
+
+
+def show_plan(config: Any, plan: Json) -> None:
+    """What a run would do."""
+    table = _table(f"Plan for corpus {config.corpus.name}", "", "")
+    for kind in ("objects", "blocks"):
+        counts = ", ".join(f"{count:,} {name}" for name, count in plan[kind].items())
+        table.add_row(kind, counts)
+    table.add_row("rows", f"{plan['rows']:,} ({plan['rows_rejected']:,} rejected)")
+    table.add_row("rows to sketch", f"{plan['rows_to_sketch']:,}")
+    table.add_row("rows reused", f"{plan['rows_reused']:,}")
+    table.add_row("tokens", f"about {plan['tokens']:,}")
+    table.add_row("index", f"{plan['index_bytes'] / 2**20:,.1f} MiB in all")
+    table.add_row("peak memory", f"{plan['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    seconds = plan["sketch_seconds"]
+    table.add_row("time to sketch", f"about {seconds:,.0f} s" if seconds is not None else plan["sketch_seconds_unknown"])
+    _OUT.print(table)
+
+
+def show_attribution(found: Sequence[Json]) -> None:
+    """Hits of each query."""
+    for item in found:
+        _OUT.print(f"\n[bold]{plain(item['query'])}[/bold]")
+        _OUT.print(_hits("rows that made it likelier", item["hits"]))
+        if "bottom" in item:
+            _OUT.print(_hits("rows that made it less likely", item["bottom"]))
+
+
+def show_evaluation(found: Any) -> None:
+    """Figures of the protocol."""
+    figures = {"rows": found.rows, "positives": found.positives, "queries": found.queries, "top_k": found.top_k}
+    _OUT.print(_figures("Evaluation", figures))
+
+
+def show_status(found: Json) -> None:
+    """What a store holds."""
+    columns = {
+        "corpora": ("name", "version", "objects", "rows", "rejected"),
+        "indexes": ("index_id", "model", "dim", "temperature", "blocks", "bytes"),
+        "exports": ("name", "version", "rows", "run_id"),
+        "runs": ("run_id", "status", "seconds", "rows_kept", "export", "error"),
+    }
+    for title, names in columns.items():
+        table = _table(title, *names)
+        for item in found[title]:
+            table.add_row(*[_cell(item.get(name)) for name in names])
+        _OUT.print(table if found[title] else f"[dim]no {title}[/dim]")
+
+
+def show_lineage(found: Json) -> None:
+    """A trace, from what was asked back to the sources."""
+    if found["kind"] == "row":
+        _show_row(found)
+        return
+    run = found["run"] if found["kind"] == "export" else found
+    if found["kind"] == "export":
+        _OUT.print(f"[bold]export {plain(found['name'])}/{found['version']}[/bold]: {found['rows']:,} rows")
+        for file in found["files"]:
+            _OUT.print(f"  {plain(file['path'])}  {file['rows']:,} rows  sha256 {file['sha256'][:12]}")
+    _OUT.print(f"[bold]run {plain(run['run_id'])}[/bold] {run['status']}, started {run['started']}")
+    _OUT.print(f"  config {run['config_fingerprint'][:12]}  code {run['code']['version']} {run['code']['commit'] or ''}")
+    _OUT.print(f"  model {plain(run['model']['name'])} {run['model'].get('fingerprint', '')[:12]}")
+    for stage in run["stages"]:
+        _OUT.print(f"  [bold]{stage['name']}[/bold] {stage['seconds']:.1f} s")
+        for arrow, items in (("←", stage["inputs"]), ("→", stage["outputs"])):
+            for item in items[:20]:
+                rows = f"  {item['rows']:,} rows" if item["rows"] is not None else ""
+                _OUT.print(f"    {arrow} {plain(item['uri'])}{rows}", soft_wrap=True)
+            if len(items) > 20:
+                _OUT.print(f"    {arrow} and {len(items) - 20:,} more (--json shows all)")
+
+
+def _show_row(found: Json) -> None:
+    _OUT.print(f"[bold]row {found['doc_id']}[/bold]")
+    for source in found["sources"]:
+        _OUT.print(f"  from {plain(source['uri'])} row {source['row']} (object sha256 {source['object_sha'][:12]})")
+        line = source.get("line")
+        _OUT.print(f"    {plain(line, width=400)}" if line is not None else f"    [yellow]{plain(source['unavailable'])}[/yellow]")
+    for item in found["decisions"]:
+        fate = "kept" if item["kept"] else f"dropped ({item['reason']})"
+        _OUT.print(f"  run {item['run_id']}: value {item['value']:+.4f}, rank {item['rank']:,}, {fate}")
+    for export in found["exports"]:
+        _OUT.print(f"  in export {plain(export)}")
+    _OUT.print(f"  model {plain(found['model']['name'])} {found['model'].get('fingerprint', '')[:12]}")
+    _OUT.print(f"  index {found['index_id'][:12]}, corpus {plain(found['corpus']['name'])} version {found['corpus']['version']}")
+    _OUT.print(f"  config {found['config_fingerprint'][:12]}, code {found['code']['version']}")
+
+
+def _hits(title: str, hits: Sequence[Json]) -> Table:
+    table = _table(title, "score", "source", "text")
+    for hit in hits:
+        table.add_row(f"{hit['score']:+.4f}", plain(f"{hit['source_uri']}:{hit['source_row']}", width=60), plain(hit["text"]))
+    return table
+
+
+def _figures(title: str, figures: Json) -> Table:
+    table = _table(
+        f"{title}: {figures['rows']:,} rows, {figures['positives']:,} positive, {figures['queries']:,} queries",
+        "K", "auPRC", "auROC", "precision",
+    )  # fmt: skip
+    for k, values in figures["top_k"].items():
+        cells = [f"{values[name]:.3f}" if values[name] is not None else "–" for name in ("auprc", "auroc", "precision")]
+        table.add_row(k, *cells)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", show_header=any(columns), header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else plain(value, width=64)

@@ -1,0 +1,138 @@
+"""Arrow columns as values that JSON knows, without loss.
+
+| Arrow type | JSON |
+|---|---|
+| null, boolean, integers, strings, finite floats | themselves |
+| NaN, infinities | `"NaN"`, `"Infinity"`, `"-Infinity"` |
+| decimal | its digits, as a string |
+| date, time, timestamp | ISO 8601 string; a timestamp with a time zone is given in UTC, ending in `Z` |
+| duration, calendar interval | integer in the type's unit; `[months, days, nanoseconds]` |
+| binary | base64 string |
+| list | list; struct: object; map: list of `{"key": …, "value": …}` |
+| dictionary, run-end encoded, extension | as the values behind it |
+
+The column's Arrow type is recorded beside the data, so that an export can restore it. Strings that are not
+UTF-8 come out with surrogate escapes; the reader rejects their rows.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as kinds
+
+
+def json_values(array: Any) -> list[Any]:
+    """Values of a `pyarrow.Array` as JSON values, one a row.
+
+    Raises
+    ------
+    pyarrow.ArrowNotImplementedError
+        For types that cannot be read as values, such as unions.
+    """
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return json_values(array.storage)
+    if kinds.is_dictionary(kind):
+        return json_values(array.dictionary_decode())
+    if kinds.is_run_end_encoded(kind):
+        return json_values(pc.run_end_decode(array))
+    if kinds.is_nested(kind):
+        return _nested(array)
+    return _flat(array)
+
+
+def _flat(array: Any) -> list[Any]:
+    kind = array.type
+    if kinds.is_floating(kind):
+        return _floats(array)
+    if kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind):
+        return _strings(array)
+    if kinds.is_boolean(kind) or kinds.is_integer(kind) or kinds.is_null(kind):
+        return list(array.to_pylist())
+    if kinds.is_temporal(kind):
+        return _times(array)
+    if kinds.is_decimal(kind):
+        return [None if value is None else format(value, "f") for value in array.to_pylist()]
+    if kinds.is_binary(kind) or kinds.is_large_binary(kind) or _is_other_binary(kind):
+        return [None if value is None else base64.b64encode(value).decode("ascii") for value in array.to_pylist()]
+    raise pa.ArrowNotImplementedError(f"columns of type {kind} cannot be read")
+
+
+def _is_other_binary(kind: Any) -> bool:
+    return bool(kinds.is_fixed_size_binary(kind) or kinds.is_binary_view(kind))
+
+
+def _floats(array: Any) -> list[Any]:
+    values = list(array.to_pylist())
+    if pc.all(pc.is_finite(array.cast(pa.float64())), skip_nulls=True).as_py() in (True, None):
+        return values
+    return [value if value is None or math.isfinite(value) else _unbounded(value) for value in values]
+
+
+def _unbounded(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def _strings(array: Any) -> list[Any]:
+    try:
+        return list(array.to_pylist())
+    except UnicodeDecodeError:  # Parquet writers are not made to check
+        stored = array.cast(pa.large_binary() if kinds.is_large_string(array.type) else pa.binary())
+        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in stored.to_pylist()]
+
+
+def _times(array: Any) -> list[Any]:
+    kind = array.type
+    if kinds.is_duration(kind):
+        return list(array.cast(pa.int64()).to_pylist())
+    if kinds.is_interval(kind):
+        return [None if value is None else list(value) for value in array.to_pylist()]
+    if kinds.is_timestamp(kind):
+        if kind.tz is not None:
+            array = array.cast(pa.timestamp(kind.unit, "UTC"))
+        return [None if text is None else text.replace(" ", "T", 1) for text in array.cast(pa.string()).to_pylist()]
+    return list(array.cast(pa.string()).to_pylist())
+
+
+def _nested(array: Any) -> list[Any]:
+    kind = array.type
+    valid = array.is_valid().to_pylist()
+    if kinds.is_struct(kind):
+        names = [field.name for field in kind]
+        columns = [json_values(child) for child in array.flatten()]
+        rows = zip(*columns, strict=True) if columns else (() for _ in valid)
+        return [dict(zip(names, row, strict=True)) if ok else None for row, ok in zip(rows, valid, strict=True)]
+    if kinds.is_map(kind):
+        return _maps(array, valid)
+    if kinds.is_fixed_size_list(kind):
+        lengths = [kind.list_size if ok else None for ok in valid]
+        return _split(iter(json_values(pc.list_flatten(array))), lengths)
+    if kinds.is_list(kind) or kinds.is_large_list(kind):
+        return _split(iter(json_values(array.flatten())), pc.list_value_length(array).to_pylist())
+    raise pa.ArrowNotImplementedError(f"columns of type {kind} cannot be read")
+
+
+def _maps(array: Any, valid: list[bool]) -> list[Any]:
+    out: list[Any] = []
+    for row, ok in enumerate(valid):
+        entries = array[row].values if ok else None  # a struct array of key and value
+        out.append(None if entries is None else _pairs(entries))
+    return out
+
+
+def _pairs(entries: Any) -> list[dict[str, Any]]:
+    keys, values = json_values(entries.field(0)), json_values(entries.field(1))
+    return [{"key": key, "value": value} for key, value in zip(keys, values, strict=True)]
+
+
+def _split(values: Iterator[Any], lengths: list[int | None]) -> list[Any]:
+    return [None if length is None else list(islice(values, length)) for length in lengths]

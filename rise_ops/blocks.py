@@ -1,0 +1,170 @@
+"""Blocks: runs of canonical rows, cut by content and named by content.
+
+A block ends at a row whose `doc_id`, read as an integer, has its low 11 bits zero (every 2,048th row on
+average), but holds at least 256 and at most 4,096 rows; it also ends at the row that brings its content to
+`MAX_BYTES`, so that a block of very long rows still fits in memory. Cutting starts afresh at each source
+object. Inserting, changing or removing a row therefore touches one block or two, not all that follow.
+
+    block_id = sha256 over the lines  doc_id TAB json(text_field) TAB meta NEWLINE  of its rows, in order
+
+`blocks/<block_id>.parquet` (zstd, one row group) has the columns doc_id, text, prompt, text_field, meta, and
+no source location: equal content gives the same block wherever it was found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring as _quoted
+from typing import TYPE_CHECKING, Any
+
+from rise_ops.errors import IntegrityError, MissingObjectError
+from rise_ops.rows import CanonicalRow
+from rise_ops.store import Store
+
+if TYPE_CHECKING:
+    import polars as pl
+
+BLOCK_FORMAT = 1
+MIN_ROWS = 256
+MAX_ROWS = 4096
+MAX_BYTES = 64 * 2**20
+"""Canonical content of a block, in bytes, at which it ends."""
+
+_MASK = 2047
+_LOW_DIGITS = 3  # of the hexadecimal doc_id: twelve bits, of which eleven are looked at
+
+FORMAT_KEY = "rise_ops.format_version"
+"""Key of the format version in a Parquet file's metadata."""
+
+
+def ends_block(doc_id: str, *, rows: int, size: int) -> bool:
+    """Whether a block of `rows` rows and `size` bytes ends with the row `doc_id`."""
+    if rows >= MAX_ROWS or size >= MAX_BYTES:
+        return True
+    return rows >= MIN_ROWS and int(doc_id[-_LOW_DIGITS:], 16) & _MASK == 0
+
+
+@dataclass(slots=True)
+class RowBuffer:
+    """Canonical rows that are becoming a block."""
+
+    doc_id: list[str] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    prompt: list[str | None] = field(default_factory=list)
+    text_field: list[str | None] = field(default_factory=list)
+    meta: list[str] = field(default_factory=list)
+    size: int = 0
+    """Canonical bytes."""
+    characters: int = 0
+    """Characters of text."""
+
+    def __len__(self) -> int:
+        return len(self.doc_id)
+
+    def append(self, row: CanonicalRow) -> None:
+        """Add one row."""
+        self.doc_id.append(row.doc_id)
+        self.text.append(row.text)
+        self.prompt.append(row.prompt)
+        self.text_field.append(row.text_field)
+        self.meta.append(row.meta_json)
+        self.size += row.size
+        self.characters += len(row.text)
+
+    def block_id(self) -> str:
+        """SHA-256 over the canonical content of the rows, in order."""
+        digest = hashlib.sha256()
+        for doc_id, name, meta in zip(self.doc_id, self.text_field, self.meta, strict=True):
+            digest.update(f"{doc_id}\t{'null' if name is None else _quoted(name)}\t{meta}\n".encode())
+        return digest.hexdigest()
+
+    def columns(self) -> dict[str, Any]:
+        """The rows as named columns."""
+        return {name: getattr(self, name) for name in ("doc_id", "text", "prompt", "text_field", "meta")}
+
+
+def block_key(block_id: str) -> str:
+    """Where a block is in the store."""
+    return f"blocks/{block_id}.parquet"
+
+
+def write_block(store: Store, rows: RowBuffer) -> str:
+    """Store the rows as a block, unless it is there already; returns its id."""
+    block_id = rows.block_id()
+    key = block_key(block_id)
+    if not store.exists(key):
+        store.create(key, parquet_bytes(rows.columns(), block_schema()))
+    return block_id
+
+
+def read_block(store: Store, block_id: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Rows of a block, in block order.
+
+    Parameters
+    ----------
+    store
+        Where it is.
+    block_id
+        Its id.
+    columns
+        Of doc_id, text, prompt, text_field, meta; all by default.
+
+    Raises
+    ------
+    IntegrityError
+        The block is missing, is not Parquet, or has a newer format.
+    """
+    key = block_key(block_id)
+    try:
+        data = store.get(key)
+    except MissingObjectError as error:
+        raise IntegrityError(
+            f"block {block_id} is missing: {store.url(key)} is not in the store; restore it, or ingest its sources "
+            "into a new store (`curate verify` lists everything that is missing)"
+        ) from error
+    return read_parquet(data, where=store.url(key), columns=columns, known_format=BLOCK_FORMAT)
+
+
+def block_schema(*extra: tuple[str, Any]) -> Any:
+    """Arrow schema of a block, with `extra` columns after it."""
+    import pyarrow as pa
+
+    names = ("doc_id", "text", "prompt", "text_field", "meta")
+    return pa.schema([*((name, pa.large_string()) for name in names), *extra])
+
+
+def parquet_bytes(columns: dict[str, Any], schema: Any, *, format_version: int = BLOCK_FORMAT) -> bytes:
+    """Columns as a Parquet file (zstd) that carries its format version."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(columns, schema=schema.with_metadata({FORMAT_KEY: str(format_version)}))
+    buffer = io.BytesIO()
+    repeating = [name for name in table.column_names if name not in ("doc_id", "text", "meta")]
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        row_group_size=max(1, table.num_rows),
+        use_dictionary=repeating,
+        write_statistics=repeating,
+    )
+    return buffer.getvalue()
+
+
+def read_parquet(data: bytes, *, where: str, known_format: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """A Parquet file of the store, refused where it is damaged or newer than `known_format`."""
+    import polars as pl
+
+    try:
+        version = int(pl.read_parquet_metadata(io.BytesIO(data)).get(FORMAT_KEY, "0"))
+        if version > known_format:
+            raise IntegrityError(
+                f"{where} has format version {version}, this program reads up to {known_format}; upgrade it"
+            )
+        return pl.read_parquet(io.BytesIO(data), columns=None if columns is None else list(columns))
+    except pl.exceptions.PolarsError as error:
+        raise IntegrityError(f"{where} is damaged ({str(error).splitlines()[0]}); delete it and run again") from error

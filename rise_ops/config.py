@@ -1,0 +1,313 @@
+"""What a user writes: one YAML file, validated whole before anything is paid for.
+
+The same models are the parameters of the Prefect flows. Unknown keys are errors that name the nearest
+known key. Paths without a scheme are taken relative to the configuration file's folder. Credentials and
+endpoints never appear here: they come from the usual `AWS_*` variables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rise_ops.errors import ConfigError
+from rise_ops.hashing import fingerprint
+
+Channel = Literal["rh", "gh", "rg"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every field: two configurations with equal fingerprints do the same."""
+        return fingerprint(self.model_dump(mode="json"))
+
+
+class SketchConfig(_Config):
+    """The sketch of the LM-head gradient (`rise_ops.head`). Widths are per factor, not totals."""
+
+    channels: tuple[Channel, ...] = Field(("rh", "gh"), description="Channels of the signature, in this order.")
+    weight_rh: float = Field(1.0, ge=0, description="Weight of the lexical channel.")
+    weight_gh: float = Field(0.3, ge=0, description="Weight of the semantic channel.")
+    weight_rg: float = Field(0.5, ge=0, description="Weight of the residual-gradient channel.")
+    dim_r: int = Field(128, gt=0, description="Width of the residual sketch.")
+    dim_h: int = Field(128, gt=0, description="Width of the hidden-state sketch.")
+    dim_g: int = Field(64, gt=0, description="Width of the back-projected residual sketch.")
+    top_k: int = Field(256, gt=0, description="Largest entries of the logits that form the support.")
+    mass: float = Field(0.92, gt=0, le=1, description="Probability mass of the kept prefix of the support.")
+    min_support: int = Field(4, gt=0, description="Fewest entries kept.")
+    adaptive_support: bool = Field(True, description="Cut the support at `mass`; otherwise keep all `top_k`.")
+    temperature: float = Field(0.1, gt=0, description="Logits are divided by it. Depends on the model; see README.")
+    seed: int = Field(42, ge=0, description="Seed of the CountSketch tables.")
+    eps: float = Field(1e-8, gt=0, description="Floor of norms.")
+
+    @field_validator("channels")
+    @classmethod
+    def _known_once(cls, value: tuple[Channel, ...]) -> tuple[Channel, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name at least one of rh, gh, rg, each once")
+        return value
+
+    @property
+    def dim(self) -> int:
+        """Length of a signature."""
+        widths = {"rh": self.dim_r * self.dim_h, "gh": self.dim_g * self.dim_h, "rg": self.dim_r * self.dim_g}
+        return sum(widths[channel] for channel in self.channels)
+
+    def __repr__(self) -> str:
+        return f"SketchConfig(dim={self.dim}, temperature={self.temperature}, fingerprint={self.fingerprint[:12]})"
+
+
+class FieldMap(_Config):
+    """Which columns hold the text. Give `text` (and optionally `prompt`, its beginning), or nothing."""
+
+    text: str | None = Field(None, description="Column with the whole text.")
+    prompt: str | None = Field(None, description="Column with the prompt that precedes `text`.")
+
+    @model_validator(mode="after")
+    def _prompt_needs_text(self) -> FieldMap:
+        if self.prompt is not None and self.text is None:
+            raise ValueError("cannot use 'prompt' without specifying 'text'")
+        return self
+
+
+class CorpusConfig(_Config):
+    """A named set of source objects."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the corpus in the store.")
+    sources: tuple[str, ...] = Field(min_length=1, description="Globs on any fsspec URL.")
+    fields: FieldMap = Field(default_factory=lambda: FieldMap(), description="Columns; default: known row shapes.")
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class ModelConfig(_Config):
+    """A Hugging Face causal language model."""
+
+    name: str = Field(min_length=1, description="Hub name or folder.")
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, the checkpoint's own on CUDA."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off unless asked.")
+
+
+class TargetConfig(_Config):
+    """A named set of queries: text whose loss the curated rows should lower (or raise)."""
+
+    queries: str = Field(description="File or glob with the queries, in any format that sources may have.")
+    fields: FieldMap = Field(default_factory=lambda: FieldMap(), description="Columns; default: known row shapes.")
+
+
+class KeepConfig(_Config):
+    """How much to keep. Several conditions must all hold; none keeps every row."""
+
+    rows: int | None = Field(None, gt=0, description="At most this many rows.")
+    fraction: float | None = Field(None, gt=0, le=1, description="At most this part of the rows.")
+    tokens: int | None = Field(None, gt=0, description="At most this many tokens.")
+    min_value: float | None = Field(None, description="Only rows of at least this value.")
+
+
+class SelectionConfig(_Config):
+    """Which rows are kept."""
+
+    keep: KeepConfig = Field(default_factory=lambda: KeepConfig(), description="Budget and threshold.")
+
+
+class ExportConfig(_Config):
+    """How the curated subset is published."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Default: the corpus' name.")
+    format: Literal["parquet", "jsonl.zst"] = Field("parquet", description="Format of the data files.")
+    max_file_bytes: ByteSize = Field(
+        ByteSize(256 * 2**20), ge=2**16, description="Size of a data file before compression, at most."
+    )
+
+
+class RunnerConfig(_Config):
+    """Where tasks run."""
+
+    kind: Literal["threads"] = Field("threads", description="Prefect task runner.")
+    workers: int = Field(1, ge=1, description="Tasks at the same time.")
+
+
+class LimitsConfig(_Config):
+    """What a run may use, and how much bad input it takes."""
+
+    bad_rows: float = Field(0.01, ge=0, description="Rejected rows: a fraction below 1, or a number of rows.")
+    row_bytes: ByteSize = Field(ByteSize(2**20), gt=0, description="A longer row is rejected.")
+    memory: ByteSize = Field(ByteSize(8 * 2**30), ge=2**28, description="Working memory of a stage.")
+
+
+class CurationConfig(_Config):
+    """One curation, from sources to export."""
+
+    store: str = Field(min_length=1, description="Root of the store: a folder or s3://bucket/prefix.")
+    corpus: CorpusConfig
+    model: ModelConfig
+    sketch: SketchConfig = Field(default_factory=lambda: SketchConfig())
+    targets: dict[str, TargetConfig] = Field(default_factory=dict)
+    value: dict[str, float] = Field(default_factory=dict, description="Weight of each target; default 1 each.")
+    aggregate: Literal["mean", "max", "rrf"] = Field("mean", description="How the queries of a target combine.")
+    selection: SelectionConfig = Field(default_factory=lambda: SelectionConfig())
+    export: ExportConfig = Field(default_factory=lambda: ExportConfig())
+    runner: RunnerConfig = Field(default_factory=lambda: RunnerConfig())
+    limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
+
+    @field_validator("targets")
+    @classmethod
+    def _target_names(cls, value: dict[str, TargetConfig]) -> dict[str, TargetConfig]:
+        for name in value:
+            if not name.isidentifier():
+                raise ValueError(f"target name '{name}' must be letters, digits and '_'")
+        return value
+
+    @model_validator(mode="after")
+    def _weights_have_targets(self) -> CurationConfig:
+        for name in self.value:
+            if name not in self.targets:
+                hint = _nearest(name, self.targets)
+                raise ValueError(f"value weighs '{name}', which is not a target{hint}")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every target that counts towards the value."""
+        return dict(self.value) if self.value else dict.fromkeys(self.targets, 1.0)
+
+    @property
+    def export_name(self) -> str:
+        """Name under which the subset is published."""
+        return self.export.name or self.corpus.name
+
+
+def load_config(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> CurationConfig:
+    """Read, override and validate a configuration file.
+
+    Parameters
+    ----------
+    path
+        YAML file.
+    overrides
+        `a.b=value` strings; the value is read as YAML.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing, is not YAML, or does not fit the model; the message names the key.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"configuration {file} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {file} cannot be read: {error}") from error
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {file} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"configuration {file} must be a mapping with keys such as store, corpus, model")
+    for override in overrides:
+        _set(document, override)
+    return parse_config(document, base=file.resolve().parent, origin=str(file))
+
+
+def parse_config(document: Mapping[str, Any], *, base: Path, origin: str = "configuration") -> CurationConfig:
+    """Validate a mapping; relative paths are resolved against `base`.
+
+    Raises
+    ------
+    ConfigError
+        Naming every key that does not fit, and the nearest known one where a key is unknown.
+    """
+    try:
+        config = CurationConfig.model_validate(document)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors(include_url=False, include_input=False)]
+        raise ConfigError(f"{origin} is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
+    return _absolute(config, base)
+
+
+def resolve_path(path: str, base: Path) -> str:
+    """`path` itself when it has a scheme, else an absolute local path."""
+    return path if "://" in path else os.path.normpath(base / Path(path).expanduser())
+
+
+def _absolute(config: CurationConfig, base: Path) -> CurationConfig:
+    model = config.model
+    if model.name.startswith((".", "/", "~")) or (base / model.name).is_dir():
+        model = model.model_copy(update={"name": resolve_path(model.name, base)})
+    sources = tuple(resolve_path(source, base) for source in config.corpus.sources)
+    targets = {
+        name: target.model_copy(update={"queries": resolve_path(target.queries, base)})
+        for name, target in config.targets.items()
+    }
+    return config.model_copy(
+        update={
+            "store": resolve_path(config.store, base),
+            "corpus": config.corpus.model_copy(update={"sources": sources}),
+            "model": model,
+            "targets": targets,
+        }
+    )
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as key.subkey=value")
+    *parents, last = key.split(".")
+    node = document
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: '{parent}' is not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def _explain(detail: Mapping[str, Any]) -> str:
+    location = tuple(detail["loc"])
+    where = ".".join(str(part) for part in location) or "configuration"
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"{where}: unknown key{_nearest(str(location[-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{where}: required"
+    return f"{where}: {str(detail['msg']).removeprefix('Value error, ')}"
+
+
+def _known_keys(parents: Sequence[int | str]) -> list[str]:
+    model: Any = CurationConfig
+    for part in parents:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        annotation = field.annotation if field is not None else model
+        candidates = [annotation, *get_args(annotation)]
+        nested = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        if nested:
+            model = nested[0]
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,319 @@
+"""Corpora: versions, snapshots, what changed since, and where a block's rows came from.
+
+    corpora/<name>/versions/<000000000012>.json   sources and totals of one state; written by exclusive create,
+                                                  the highest number is the current one
+    snapshots/<snapshot_id>.parquet               block_id, rows, characters; sorted, with multiplicity
+    snapshot_id = sha256 of canonical_json(sorted block ids)
+
+Snapshots name content, versions name places. Times of modification are nanoseconds since 1970. An object
+that was copied counts as often as it is there: its blocks are in the snapshot twice, its rows have two
+places. (Small copied objects share their rows in one pack, which is in the snapshot once.)
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rise_ops.blocks import FORMAT_KEY, read_block
+from rise_ops.config import CorpusConfig, FieldMap, LimitsConfig
+from rise_ops.errors import IntegrityError, SourceError
+from rise_ops.hashing import canonical_json, fingerprint
+from rise_ops.objects import BlockCount, places_key
+from rise_ops.readers import format_of, open_rows
+from rise_ops.rows import CanonicalRow, RowFault, canonical_row
+from rise_ops.sources import SourceObject, hash_object, list_objects, stat_object
+from rise_ops.store import Store
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = [
+    "CorpusVersion",
+    "SourceDiff",
+    "SourceEntry",
+    "current_version",
+    "diff_sources",
+    "list_sources",
+    "placements",
+    "read_block",
+    "read_rows",
+    "read_snapshot",
+    "read_source_row",
+    "read_version",
+    "write_snapshot",
+]
+
+VERSION_FORMAT = 1
+SNAPSHOT_FORMAT = 1
+_VERSION_NAME = re.compile(r"^(\d{12})\.json$")
+_SCANS_AT_ONCE = 64
+_LINE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceEntry:
+    """One source object in a version."""
+
+    uri: str
+    size: int
+    etag: str | None
+    mtime: int | None
+    object_sha: str
+    record: str
+    pack: str | None
+    """Pack that holds its rows, where it is small."""
+    rows: int
+    rejected: int
+    blocks: tuple[str, ...]
+    """Blocks in source order; the pack's block where it is small."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"blocks": list(self.blocks)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SourceEntry:
+        """Inverse of `to_json`."""
+        return cls(**{**value, "blocks": tuple(value["blocks"])})
+
+    @property
+    def listed(self) -> SourceObject:
+        """The object as the listing showed it."""
+        return SourceObject(self.uri, self.size, self.etag, self.mtime)
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusVersion:
+    """One published state of a corpus."""
+
+    corpus: str
+    version: int
+    parent: int | None
+    snapshot_id: str
+    run_id: str
+    created: str
+    """ISO 8601, UTC."""
+    ingest_fingerprint: str
+    rows: int
+    rejected: int
+    fields: Mapping[str, str]
+    """Source columns and their Arrow types; "json" where formats differ or have none."""
+    sources: tuple[SourceEntry, ...]
+    """Sorted by uri."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored."""
+        sources = [entry.to_json() for entry in self.sources]
+        return {"format_version": VERSION_FORMAT} | asdict(self) | {"fields": dict(self.fields), "sources": sources}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CorpusVersion:
+        """Inverse of `to_json`."""
+        plain = {name: value[name] for name in cls.__slots__ if name != "sources"}
+        return cls(**plain, sources=tuple(SourceEntry.from_json(entry) for entry in value["sources"]))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDiff:
+    """A listing against a version."""
+
+    added: tuple[SourceObject, ...]
+    changed: tuple[SourceObject, ...]
+    removed: tuple[SourceEntry, ...]
+    unchanged: tuple[SourceEntry, ...]
+
+
+def list_sources(corpus: CorpusConfig, *, store: Store | None = None) -> list[SourceObject]:
+    """The corpus' objects as they are now, sorted by uri.
+
+    Raises
+    ------
+    SourceError
+        A glob matches nothing, or an object of unknown format.
+    ConfigError
+        A source lies in `store`.
+    TransientError
+        The server did not answer.
+    """
+    listing = list_objects(corpus.sources, outside=None if store is None else store.uri)
+    for item in listing:
+        format_of(item.uri)
+    return listing
+
+
+def version_key(name: str, number: int) -> str:
+    """Where a version is in the store."""
+    return f"corpora/{name}/versions/{number:012d}.json"
+
+
+def read_version(store: Store, name: str, number: int) -> CorpusVersion:
+    """One version.
+
+    Raises
+    ------
+    MissingObjectError, IntegrityError, StoreError, TransientError
+    """
+    return CorpusVersion.from_json(store.get_json(version_key(name, number), format_version=VERSION_FORMAT))
+
+
+def current_version(store: Store, name: str) -> CorpusVersion | None:
+    """The version with the highest number, or None before the first."""
+    matches = (_VERSION_NAME.match(child) for child in store.children(f"corpora/{name}/versions"))
+    numbers = [int(match[1]) for match in matches if match]
+    return read_version(store, name, max(numbers)) if numbers else None
+
+
+def diff_sources(listing: Sequence[SourceObject], version: CorpusVersion | None, ingest_fingerprint: str) -> SourceDiff:
+    """What a listing changes in a version.
+
+    An object is unchanged when its uri, size and ETag (where there is none: modification time) are the same
+    and the version was ingested with the same settings. Nothing is read.
+    """
+    known = {} if version is None else {entry.uri: entry for entry in version.sources}
+    same_settings = version is not None and version.ingest_fingerprint == ingest_fingerprint
+    added, changed, unchanged = [], [], []
+    for item in listing:
+        entry = known.pop(item.uri, None)
+        if entry is None:
+            added.append(item)
+        elif same_settings and entry.listed.same_state(item):
+            unchanged.append(entry)
+        else:
+            changed.append(item)
+    return SourceDiff(tuple(added), tuple(changed), tuple(known.values()), tuple(unchanged))
+
+
+def write_snapshot(store: Store, blocks: Iterable[BlockCount]) -> str:
+    """Store the blocks of one state, with multiplicity; returns the snapshot's id."""
+    import polars as pl
+
+    ordered = sorted(blocks, key=lambda block: block.block_id)
+    snapshot_id = fingerprint([block.block_id for block in ordered])
+    frame = pl.DataFrame(
+        {
+            "block_id": [block.block_id for block in ordered],
+            "rows": [block.rows for block in ordered],
+            "characters": [block.characters for block in ordered],
+        },
+        schema={"block_id": pl.String, "rows": pl.UInt32, "characters": pl.UInt64},
+    )
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, metadata={FORMAT_KEY: str(SNAPSHOT_FORMAT)})
+    store.create(f"snapshots/{snapshot_id}.parquet", buffer.getvalue())
+    return snapshot_id
+
+
+def read_snapshot(store: Store, snapshot_id: str) -> pl.DataFrame:
+    """block_id, rows, characters of every block, sorted by id, with multiplicity.
+
+    Raises
+    ------
+    MissingObjectError, IntegrityError
+    """
+    from rise_ops.blocks import read_parquet
+
+    key = f"snapshots/{snapshot_id}.parquet"
+    return read_parquet(store.get(key), where=store.url(key), known_format=SNAPSHOT_FORMAT)
+
+
+def placements(store: Store, version: CorpusVersion, block_ids: Sequence[str]) -> pl.DataFrame:
+    """Where the rows of some blocks came from.
+
+    Returns
+    -------
+    polars.DataFrame
+        block_id, block_row (u32), source_uri, source_row (i64); several rows for a block row whose object was
+        copied. Reads only the records that hold these blocks.
+
+    Raises
+    ------
+    IntegrityError
+        A block is not in the version, or a record is missing.
+    """
+    import polars as pl
+
+    wanted = set(block_ids)
+    held: set[str] = set()
+    whole: dict[str, list[str]] = {}
+    packed: dict[str, list[tuple[str, str]]] = {}
+    for entry in version.sources:
+        if wanted.isdisjoint(entry.blocks):
+            continue
+        held.update(entry.blocks)
+        if entry.pack is None:
+            whole.setdefault(entry.record, []).append(entry.uri)
+        else:
+            packed.setdefault(entry.pack, []).append((entry.object_sha, entry.uri))
+    if not wanted <= held:
+        raise IntegrityError(f"block {min(wanted - held)} is not in corpus {version.corpus} version {version.version}")
+    columns = ("block_id", "block_row", "source_uri", "source_row")
+    here = pl.col("block_id").is_in(list(wanted))
+    scans = [
+        store.scan_parquet([places_key(record)]).filter(here).join(pl.LazyFrame({"source_uri": uris}), how="cross")
+        for record, uris in whole.items()
+    ]
+    for pack, pairs in packed.items():
+        places = pl.LazyFrame(pairs, schema={"object_sha": pl.String, "source_uri": pl.String}, orient="row")
+        scans.append(store.scan_parquet([places_key(pack)]).filter(here).join(places, on="object_sha"))
+    frames: list[pl.DataFrame] = []
+    try:
+        for start in range(0, len(scans), _SCANS_AT_ONCE):
+            frames += pl.collect_all([scan.select(columns) for scan in scans[start : start + _SCANS_AT_ONCE]])
+    except (pl.exceptions.PolarsError, FileNotFoundError) as error:
+        raise IntegrityError(
+            f"corpus {version.corpus} version {version.version}: a record under {store.url('objects')} is missing or "
+            f"damaged ({str(error).splitlines()[0][:300]})"
+        ) from error
+    empty = {"block_id": pl.String, "block_row": pl.UInt32, "source_uri": pl.String, "source_row": pl.Int64}
+    return pl.concat([pl.DataFrame(schema=empty), *frames]).sort(columns)
+
+
+def read_rows(uri: str, fields: FieldMap, limits: LimitsConfig) -> list[CanonicalRow]:
+    """All rows of a small file or glob, such as a target's queries.
+
+    Raises
+    ------
+    SourceError
+        Naming the first line that is not a good row, or the file when it has no rows.
+    """
+    row_bytes = int(limits.row_bytes)
+    rows: list[CanonicalRow] = []
+    for source in list_objects([uri]):
+        with open_rows(source, row_bytes=row_bytes) as reader:
+            for row in reader:
+                try:
+                    if isinstance(row.value, RowFault):
+                        raise row.value
+                    rows.append(canonical_row(row.value, fields=fields, row_bytes=row_bytes))
+                except RowFault as fault:
+                    raise SourceError(f"{source.uri}: {reader.unit} {row.number} {fault.reason}") from None
+    if not rows:
+        raise SourceError(f"{uri} has no rows")
+    return rows
+
+
+def read_source_row(entry: SourceEntry, source_row: int) -> str:
+    """One row again, as it stands in its source object: a line, a CSV record, or a table row as JSON.
+
+    Raises
+    ------
+    SourceError
+        The object is gone, or is not the one that was ingested.
+    """
+    now = stat_object(entry.uri)
+    if not now.same_state(entry.listed) and (now.size != entry.size or hash_object(entry.uri) != entry.object_sha):
+        raise SourceError(f"source {entry.uri} is not what it was when it was ingested; its rows may have moved")
+    with open_rows(now, row_bytes=_LINE_BYTES) as reader:
+        for row in reader:
+            if row.source_row < source_row:
+                continue
+            if row.source_row > source_row:
+                break
+            if row.raw is not None:
+                return row.raw.decode("utf-8", "backslashreplace")
+            return canonical_json(row.value) if isinstance(row.value, dict) else row.value.reason
+    raise SourceError(f"source {entry.uri} has no row {source_row}")

@@ -1,0 +1,223 @@
+"""The paper's evaluation protocol, on rows that carry a label.
+
+For each query and each K: take the K highest and the K lowest scored rows; on these 2K rows compute auPRC
+(average precision) and auROC against the labels, and precision@K on the top K; average over queries
+(arXiv 2604.16197, section 5). A row is positive for a query when its field has the wanted value, or, with
+no value given, the query's own value of that field.
+
+With fewer than 2K rows, every row counts once. auROC is left out for a query whose rows are all of one
+class, where it is not defined.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from rise_ops.attribution import find_extremes
+from rise_ops.config import CurationConfig
+from rise_ops.corpus import CorpusVersion, read_block
+from rise_ops.errors import ConfigError
+from rise_ops.progress import Progress, silent
+from rise_ops.session import open_indexed, open_target
+from rise_ops.store import Store
+from rise_ops.targets import Target, read_target
+from rise_ops.valuation import merge_extremes
+
+
+DEFAULT_LABEL = "label"
+DEFAULT_KS = (5, 10, 50)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What makes a row positive: a field, and the value it must have (None: the query's own)."""
+
+    field: str
+    value: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Label:
+        """`FIELD` or `FIELD=VALUE`."""
+        name, equals, value = text.partition("=")
+        if not name:
+            raise ConfigError(f"--label {text}: write it as FIELD or FIELD=VALUE")
+        return cls(name, value if equals else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of the protocol."""
+
+    rows: int
+    positives: int
+    """Rows that are positive for at least one query."""
+    queries: int
+    top_k: dict[str, dict[str, float | None]]
+    """K as text → auprc, auroc, precision."""
+
+
+def average_precision(relevant: npt.NDArray[np.bool_]) -> float:
+    """Average precision of a ranking, best first; 0 where nothing is relevant."""
+    hits = np.flatnonzero(relevant)
+    if len(hits) == 0:
+        return 0.0
+    return float(np.mean(np.arange(1, len(hits) + 1) / (hits + 1)))
+
+
+def roc_area(relevant: npt.NDArray[np.bool_]) -> float | None:
+    """Area under the ROC curve of a ranking, best first: the share of (relevant, other) pairs in order."""
+    positives = int(relevant.sum())
+    negatives = len(relevant) - positives
+    if positives == 0 or negatives == 0:
+        return None
+    ranks = np.flatnonzero(relevant)
+    ahead = ranks - np.arange(positives)
+    return float(1 - ahead.sum() / (positives * negatives))
+
+
+def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target: Target, *, label: Label,
+             ks: Sequence[int]) -> Evaluation:  # fmt: skip
+    """Figures for one target.
+
+    Parameters
+    ----------
+    blocks
+        The corpus' blocks, in order.
+    extremes
+        `merge_extremes` of this target, with at least max(ks) rows on each side.
+
+    Raises
+    ------
+    ConfigError
+        No row has the field, or a query has not and no value is given.
+    """
+    counts = _value_counts(store, blocks, label.field)
+    rows = sum(counts.values())
+    wanted = _wanted(target, label)
+    if rows == counts.get(None, 0):
+        raise ConfigError(f"--label {label.field}: no row of the corpus has this field")
+    labels = _labels(store, blocks, extremes, label.field)
+    figures: dict[int, list[tuple[float, float | None, float]]] = {k: [] for k in ks}
+    for query, group in labels.partition_by("query", as_dict=True).items():
+        want = wanted[int(query[0])]
+        top = group.filter(pl.col("side") == "top").sort("rank")
+        bottom = group.filter(pl.col("side") == "bottom").sort("rank")
+        for k in ks:
+            figures[k].append(_figures(top, bottom, want, k, rows))
+    return Evaluation(
+        rows=rows,
+        positives=sum(counts.get(value, 0) for value in set(wanted)),
+        queries=len(wanted),
+        top_k={str(k): _mean(values) for k, values in figures.items()},
+    )
+
+
+def evaluate_corpus(store: Store, config: CurationConfig, name: str, *, label: Label, ks: Sequence[int],
+                    progress: Progress = silent) -> Evaluation:  # fmt: skip
+    """The protocol for one configured target, on the indexed corpus.
+
+    Raises
+    ------
+    ConfigError, SourceError, ModelError
+        The target or the label does not exist, or the corpus is not wholly indexed.
+    """
+    if name not in config.targets:
+        raise ConfigError(f"--target {name}: not a target; known: {', '.join(config.targets) or 'none'}")
+    indexed = open_indexed(store, config)
+    target = open_target(store, config, indexed.index_id, name)
+    extremes = find_extremes(store, indexed.index_id, indexed.blocks, {name: target}, k=max(ks), progress=progress)
+    return evaluate(store, indexed.blocks, extremes, target, label=label, ks=ks)
+
+
+def evaluate_run(store: Store, version: CorpusVersion, blocks: Sequence[str], targets: Mapping[str, str],
+                 extremes: Sequence[str]) -> dict[str, dict[str, Any]] | None:  # fmt: skip
+    """The protocol for every target whose queries all carry a `label`, where the corpus has that column too.
+
+    Returns the figures by target; None where there are none.
+    """
+    found = {}
+    if DEFAULT_LABEL in version.fields:
+        for name, target_id in targets.items():
+            target = read_target(store, target_id)
+            if all(DEFAULT_LABEL in json.loads(meta) for meta in target.queries["meta"].to_list()):
+                mine = store.scan_parquet(extremes).filter(pl.col("target") == name)
+                merged = merge_extremes(mine, k=max(DEFAULT_KS))
+                found[name] = asdict(evaluate(store, blocks, merged, target, label=Label(DEFAULT_LABEL), ks=DEFAULT_KS))
+    return found or None
+
+
+def _figures(top: pl.DataFrame, bottom: pl.DataFrame, want: str, k: int, rows: int,
+             ) -> tuple[float, float | None, float]:  # fmt: skip
+    best = (top["label"][:k] == want).fill_null(value=False).to_numpy()
+    worst_first = (bottom["label"][: min(k, rows - len(best))] == want).fill_null(value=False).to_numpy()
+    both = np.concatenate([best, worst_first[::-1]])
+    return average_precision(both), roc_area(both), float(best.mean())
+
+
+def _mean(values: Sequence[tuple[float, float | None, float]]) -> dict[str, float | None]:
+    areas = [area for _, area, _ in values if area is not None]
+    return {
+        "auprc": float(np.mean([value[0] for value in values])),
+        "auroc": float(np.mean(areas)) if areas else None,
+        "precision": float(np.mean([value[2] for value in values])),
+    }
+
+
+def _wanted(target: Target, label: Label) -> list[str]:
+    if label.value is not None:
+        return [label.value] * len(target.queries)
+    values = []
+    for number, meta in enumerate(target.queries["meta"].to_list(), 1):
+        own = json.loads(meta).get(label.field)
+        if own is None:
+            raise ConfigError(
+                f"--label {label.field}: query {number} has no '{label.field}'; give the value as "
+                f"{label.field}=VALUE"
+            )
+        values.append(as_label(own))
+    return values
+
+
+def as_label(value: Any) -> str:
+    """A label as text: strings as they are, other JSON values as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _label_of(frame: pl.DataFrame, field: str) -> pl.Series:
+    """The field of each row as text; null where a row has none."""
+
+    def pick(row: Mapping[str, Any]) -> str | None:
+        if row["text_field"] == field:
+            return str(row["text"])
+        value = json.loads(row["meta"]).get(field)
+        return None if value is None else as_label(value)
+
+    return pl.Series("label", [pick(row) for row in frame.iter_rows(named=True)], dtype=pl.String)
+
+
+_COLUMNS = ["text", "text_field", "meta"]
+
+
+def _value_counts(store: Store, blocks: Sequence[str], field: str) -> dict[str | None, int]:
+    counts: dict[str | None, int] = {}
+    for block_id in blocks:
+        for value, count in _label_of(read_block(store, block_id, columns=_COLUMNS), field).value_counts().iter_rows():
+            counts[value] = counts.get(value, 0) + count
+    return counts
+
+
+def _labels(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, field: str) -> pl.DataFrame:
+    """The extremes with the label of each row."""
+    hits = extremes.select("block", "block_row").unique().sort("block", "block_row")
+    parts = []
+    for part in hits.partition_by("block", maintain_order=True):
+        content = read_block(store, blocks[part["block"][0]], columns=_COLUMNS)
+        parts.append(part.with_columns(_label_of(content[part["block_row"].to_list()], field)))
+    return extremes.join(pl.concat(parts), on=["block", "block_row"], how="left")

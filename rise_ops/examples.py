@@ -1,0 +1,125 @@
+"""Examples for people: the best and worst rows of a run, and what some queries attribute to.
+
+    runs/<run_id>/examples.json   {best, worst, queries: [{target, query, prompt, top, bottom}], evaluation}
+
+Texts are cut to TEXT_CHARACTERS; the whole text is in the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from rise_ops.attribution import Attribution, Hit, explain
+from rise_ops.corpus import CorpusVersion, read_block
+from rise_ops.selection import decisions_key
+from rise_ops.store import Store
+from rise_ops.targets import read_target
+from rise_ops.valuation import merge_extremes
+
+FORMAT_VERSION = 1
+ROWS = 10
+QUERIES = 5
+"""Queries shown of each target: the first ones."""
+HITS = 5
+TEXT_CHARACTERS = 2_000
+
+Json = dict[str, Any]
+
+
+def examples_key(run_id: str) -> str:
+    """Key of a run's examples."""
+    return f"runs/{run_id}/examples.json"
+
+
+def write_examples(store: Store, version: CorpusVersion, blocks: Sequence[str], *, run_id: str,
+                   targets: Mapping[str, str], extremes: Sequence[str], evaluation: Json | None) -> str:  # fmt: skip
+    """Collect and store a run's examples. Returns their key.
+
+    Parameters
+    ----------
+    targets
+        Target name to target id.
+    extremes
+        Keys of the extremes of all parts.
+    """
+    best, worst = _edges(store, run_id)
+    parts = store.scan_parquet(extremes).filter(pl.col("query") < QUERIES)
+    nearest = merge_extremes(parts, k=HITS)
+    queries = []
+    for name, target in targets.items():
+        opened = read_target(store, target).head(QUERIES)
+        found = explain(store, version, blocks, opened, nearest.filter(pl.col("target") == name))
+        queries += [_query(name, attribution) for attribution in found]
+    kept = _kept(store, run_id, [hit["doc_id"] for query in queries for hit in (*query["top"], *query["bottom"])])
+    for query in queries:
+        for hit in (*query["top"], *query["bottom"]):
+            hit["kept"] = kept.get(hit["doc_id"])
+    store.create_json(
+        examples_key(run_id),
+        {
+            "format_version": FORMAT_VERSION,
+            "best": best,
+            "worst": worst,
+            "queries": queries,
+            "evaluation": evaluation,
+        },
+    )
+    return examples_key(run_id)
+
+
+def _edges(store: Store, run_id: str) -> tuple[list[Json], list[Json]]:
+    """The highest and lowest valued rows."""
+    decisions = store.scan_parquet([decisions_key(run_id)])
+    ranked = decisions.select(pl.col("rank").max()).collect().item()
+    columns = ["doc_id", "value", "rank", "kept", "source_uri", "source_row", "block_id", "block_row"]
+    rows = (
+        decisions.filter((pl.col("rank") <= ROWS) | (pl.col("rank") > ranked - ROWS))
+        .select(columns)
+        .sort("rank")
+        .collect(engine="streaming")
+    )
+    texts = {
+        (block, row): read_block(store, block, columns=["text"])["text"][row]
+        for block, row in rows.select("block_id", "block_row").iter_rows()
+    }
+    items: list[Json] = [
+        {
+            **{name: row[name] for name in columns[:6]},
+            "text": texts[row["block_id"], row["block_row"]][:TEXT_CHARACTERS],
+        }
+        for row in rows.iter_rows(named=True)
+    ]
+    return items[:ROWS], items[::-1][:ROWS]
+
+
+def _query(target: str, attribution: Attribution) -> Json:
+    return {
+        "target": target,
+        "query": attribution.query[:TEXT_CHARACTERS],
+        "prompt": attribution.prompt,
+        "top": [_hit(hit) for hit in attribution.hits],
+        "bottom": [_hit(hit) for hit in attribution.bottom],
+    }
+
+
+def _hit(hit: Hit) -> Json:
+    return {
+        "doc_id": hit.doc_id,
+        "score": hit.score,
+        "source_uri": hit.source_uri,
+        "source_row": hit.source_row,
+        "text": hit.text[:TEXT_CHARACTERS],
+    }
+
+
+def _kept(store: Store, run_id: str, doc_ids: Sequence[str]) -> dict[str, bool]:
+    rows = (
+        store.scan_parquet([decisions_key(run_id)])
+        .filter(pl.col("doc_id").is_in(list(set(doc_ids))))
+        .select("doc_id", "kept")
+        .collect(engine="streaming")
+    )
+    return dict(rows.iter_rows())

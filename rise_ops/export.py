@@ -1,0 +1,282 @@
+"""Export: the kept rows as a published dataset.
+
+    exports/<name>/<version>/lineage.json     claims the version: run, corpus version, index, decisions
+    exports/<name>/<version>/data/train-00000.parquet | .jsonl.zst
+    exports/<name>/<version>/README.md        dataset card; tells `datasets.load_dataset` where the data is
+    exports/<name>/<version>/manifest.json    written last: files with rows, bytes and SHA-256
+
+Without a manifest an export does not exist: `list_exports` does not name it. Versions are 0001, 0002, …,
+claimed by exclusive create; exporting the same decisions in the same way again returns the version there is.
+
+Each row has its original columns (Parquet restores their types; a column whose type differs between
+objects becomes JSON text), then doc_id, value, source_uri and source_row. An original column with one of
+these four names is exported as `original_<name>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from rise_ops.columns import ColumnTypes
+from rise_ops.config import ExportConfig
+from rise_ops.corpus import CorpusVersion, read_block
+from rise_ops.errors import ConflictError, IntegrityError
+from rise_ops.hashing import canonical_json, fingerprint
+from rise_ops.progress import Progress, silent
+from rise_ops.selection import decisions_key
+from rise_ops.store import Store
+
+FORMAT_VERSION = 1
+OWN_COLUMNS = ("doc_id", "value", "source_uri", "source_row")
+_SLICE_ROWS = 8_192
+_BATCH_ROWS = 1_024
+_CLAIM_ATTEMPTS = 20
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedFile:
+    """One data file of an export."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A published subset."""
+
+    name: str
+    version: str
+    rows: int
+    files: int
+    reused: bool
+    """Whether an earlier run had published it already."""
+
+    @property
+    def label(self) -> str:
+        """`name/version`."""
+        return f"{self.name}/{self.version}"
+
+
+def list_exports(store: Store, name: str | None = None) -> list[dict[str, Any]]:
+    """Manifests of all finished exports, oldest first within a name."""
+    names = store.children("exports") if name is None else [name]
+    manifests = []
+    for each in names:
+        for version in store.children(f"exports/{each}"):
+            key = f"exports/{each}/{version}/manifest.json"
+            if store.exists(key):
+                manifests.append(store.get_json(key, format_version=FORMAT_VERSION))
+    return manifests
+
+
+def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str, config: ExportConfig,
+                lineage: Mapping[str, Any], progress: Progress = silent) -> Export:  # fmt: skip
+    """Publish the rows that a run's decisions keep.
+
+    Parameters
+    ----------
+    run_id
+        Run that holds the decisions.
+    lineage
+        What to record beside the data: corpus, model, index, weights. Its fingerprint, with the decisions'
+        content and the format, is the identity of the export.
+
+    Raises
+    ------
+    ConflictError
+        Other exports claimed every version that this one tried.
+    """
+    with tempfile.TemporaryDirectory(prefix="curate-") as folder:
+        kept = Path(folder) / "kept.parquet"
+        columns = ["doc_id", "block_id", "block_row", "value", "source_uri", "source_row"]
+        decisions = store.scan_parquet([decisions_key(run_id)])
+        decisions.filter(pl.col("kept")).select(columns).sink_parquet(kept)
+        content = fingerprint([_content(kept), config.model_dump(mode="json"), lineage["identity"]])
+        for manifest in list_exports(store, name):
+            if manifest["content"] == content:
+                return Export(name, manifest["version"], manifest["rows"], len(manifest["files"]), reused=True)
+        number = _claim(store, name, {**lineage, "run_id": run_id, "content": content})
+        prefix = f"exports/{name}/{number}"
+        files = list(
+            _write_files(store, prefix, kept, ColumnTypes(version.fields), config, Path(folder), progress)
+        )
+    rows = sum(file.rows for file in files)
+    store.create(f"{prefix}/README.md", dataset_card(name, number, rows, config, lineage, run_id).encode())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "version": number,
+        "run_id": run_id,
+        "content": content,
+        "rows": rows,
+        "files": [asdict(file) for file in files],
+    }
+    store.create_json(f"{prefix}/manifest.json", manifest)
+    return Export(name, number, rows, len(files), reused=False)
+
+
+def dataset_card(name: str, number: str, rows: int, config: ExportConfig, lineage: Mapping[str, Any],
+                 run_id: str) -> str:  # fmt: skip
+    """The export's README.md: front matter for `datasets.load_dataset`, then what the data is."""
+    pattern = f"data/*.{config.format}"
+    weights = ", ".join(f"{target} × {weight:g}" for target, weight in lineage["weights"].items())
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {pattern}
+size_categories:
+- {_size_category(rows)}
+---
+
+# {name}, version {number}
+
+{rows:,} rows of corpus {lineage["corpus"]["name"]} (version {lineage["corpus"]["version"]}), chosen by value.
+
+| | |
+|---|---|
+| value | {weights}; aggregate {lineage["aggregate"]} |
+| kept | {canonical_json(lineage["keep"])} |
+| model | {lineage["model"]["name"]} ({lineage["model"]["fingerprint"][:12]}) |
+| snapshot | {lineage["corpus"]["snapshot_id"]} |
+| index | {lineage["index_id"]} |
+| run | {run_id} |
+
+Columns: those of the source rows, then `doc_id` (identity of the text), `value` (weighted influence on the
+targets; higher is better), `source_uri` and `source_row` (where the row stood; rows count from 0).
+`manifest.json` holds the checksums of the files.
+"""
+
+
+def _claim(store: Store, name: str, lineage: Mapping[str, Any]) -> str:
+    taken = [int(version) for version in store.children(f"exports/{name}") if version.isdigit()]
+    number = max(taken, default=0) + 1
+    for attempt in range(number, number + _CLAIM_ATTEMPTS):
+        version = f"{attempt:04d}"
+        document = {"format_version": FORMAT_VERSION, "name": name, "version": version, **lineage}
+        if store.create_json(f"exports/{name}/{version}/lineage.json", document):
+            return version
+    raise ConflictError(f"versions {number:04d} to {attempt:04d} of export {name} were claimed by others; run again")
+
+
+def _write_files(store: Store, prefix: str, kept: Path, types: ColumnTypes, config: ExportConfig, folder: Path,
+                 progress: Progress) -> Iterator[ExportedFile]:  # fmt: skip
+    """Spool the rows locally, which shows the columns' types, then write and publish file after file."""
+    import zstandard
+
+    spool = folder / "rows.jsonl.zst"
+    done = 0
+    with zstandard.open(spool, "wb") as lines:
+        for rows in _iter_rows(store, kept):
+            if config.format == "parquet":
+                types.observe(rows)
+            for row in rows:
+                lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            done += len(rows)
+            progress(done, None)
+    path = folder / f"data.{config.format}"
+    with zstandard.open(spool, "rb") as lines:
+        for number, part in enumerate(_parts(lines, config.max_file_bytes)):
+            rows = _write_parquet(part, path, types) if config.format == "parquet" else _write_lines(part, path)
+            yield _publish(store, f"{prefix}/data/train-{number:05d}.{config.format}", path, rows)
+
+
+def _parts(lines: Iterable[bytes], max_bytes: int) -> Iterator[Iterator[bytes]]:
+    """Consecutive lines in parts of at most `max_bytes`; each part is consumed before the next is asked for."""
+    source = iter(lines)
+    first = next(source, None)
+
+    def part() -> Iterator[bytes]:
+        nonlocal first
+        size = 0
+        while first is not None and (size == 0 or size + len(first) <= max_bytes):
+            size += len(first)
+            yield first
+            first = next(source, None)
+
+    while first is not None:
+        yield part()
+
+
+def _write_parquet(lines: Iterator[bytes], path: Path, types: ColumnTypes) -> int:
+    import pyarrow.parquet as pq
+
+    schema, total = types.schema(), 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while batch := [json.loads(line) for line in islice(lines, _BATCH_ROWS)]:
+            writer.write_batch(types.batch(batch, schema))
+            total += len(batch)
+    return total
+
+
+def _write_lines(lines: Iterator[bytes], path: Path) -> int:
+    import zstandard
+
+    total = 0
+    with zstandard.open(path, "wb") as file:
+        for line in lines:
+            file.write(line)
+            total += 1
+    return total
+
+
+def _publish(store: Store, key: str, path: Path, rows: int) -> ExportedFile:
+    digest, size = _sha256_file(path), path.stat().st_size
+    if not store.create_from_file(key, path):
+        raise IntegrityError(f"{store.url(key)} exists already; another program writes into this export")
+    path.unlink()
+    return ExportedFile("/".join(key.split("/")[3:]), rows, size, digest)
+
+
+def _iter_rows(store: Store, kept: Path) -> Iterator[list[Row]]:
+    """The kept rows with their original columns, in corpus order, a slice at a time."""
+    total = pl.scan_parquet(kept).select(pl.len()).collect().item()
+    for start in range(0, total, _SLICE_ROWS):
+        part = pl.scan_parquet(kept).slice(start, _SLICE_ROWS).collect()
+        for block in part.partition_by("block_id", maintain_order=True):
+            content = read_block(store, block["block_id"][0])
+            joined = block.drop("doc_id").hstack(content[block["block_row"].to_list()])
+            yield [_original(row) for row in joined.iter_rows(named=True)]
+
+
+def _original(row: Row) -> Row:
+    original: Row = json.loads(row["meta"])
+    if row["text_field"] is not None:
+        original[row["text_field"]] = row["text"]
+    renamed = {f"original_{name}" if name in OWN_COLUMNS else name: value for name, value in original.items()}
+    return renamed | {name: row[name] for name in OWN_COLUMNS}
+
+
+def _sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content(kept: Path) -> str:
+    """Identity of the kept rows, whatever wrote the file."""
+    digest = hashlib.sha256()
+    total = pl.scan_parquet(kept).select(pl.len()).collect().item()
+    for start in range(0, total, _SLICE_ROWS):
+        rows = pl.scan_parquet(kept).select("doc_id", "value", "source_uri", "source_row").slice(start, _SLICE_ROWS)
+        digest.update(rows.collect().write_ndjson().encode())
+    return digest.hexdigest()
+
+
+def _size_category(rows: int) -> str:
+    bounds = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+    return next((name for bound, name in bounds if rows < bound), "n>1M")

@@ -1,0 +1,260 @@
+"""Signatures from hidden states and the LM head: the RISE estimator (arXiv 2604.16197).
+
+For every position `t` that predicts a token `y = y_{t+1}` which counts:
+
+    z = W h_t (+ bias, × logit scale, soft-capped)      s = z / temperature
+    r = p − onehot(y) on the kept support of s          (`rise_ops.support`)
+    ĥ, r̂, ĝ = CountSketches of h_t, r and Wᵀ r, each of unit length (norm floored at eps)
+    φ = [weight_rh Σ_t r̂ ⊗ ĥ, weight_gh Σ_t ĝ ⊗ ĥ, weight_rg Σ_t r̂ ⊗ ĝ], row-major, of unit length
+
+Only the configured channels are there, in the configured order. The LM-head gradient of position t is exactly
+`r_t h_tᵀ`, so `⟨φ(a), φ(b)⟩` estimates how training on `a` moves the loss of `b`.
+
+CountSketch is linear, so `ĝ` is a weighted sum of rows of `M = CS_g(W)`, computed once. Logits are computed for
+counted positions only, a bounded slice at a time; `s`, softmax and sketches are float32 whatever the weights
+are. Runs on the device of the unembedding. Does not run the model: see `rise_ops.trunk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from rise_ops.config import SketchConfig
+from rise_ops.errors import ModelError
+from rise_ops.sketch import SketchTables
+from rise_ops.support import Residuals, residuals
+
+DEFAULT_LOGIT_BYTES = 64 * 2**20
+LOGIT_COPIES = 3
+"""How often a slice of logits exists at once, at most: itself, its undecided rows, and the soft-cap or groups."""
+
+_FACTORS = {"rh": ("r", "h"), "gh": ("g", "h"), "rg": ("r", "g")}
+
+
+class ReadoutHead:
+    """The LM head of a model, ready to turn hidden states into signatures.
+
+    Parameters
+    ----------
+    unembedding
+        [V, D] LM-head weight, any floating dtype, on the device to compute on.
+    config
+        What to sketch.
+    bias
+        [V] LM-head bias.
+    tables
+        Sketch tables; drawn from `config.seed` unless given (an index brings its own).
+    logit_scale
+        Factor on the logits (Cohere; Granite divides).
+    soft_cap
+        Final soft-capping `cap · tanh(z / cap)` (Gemma 2).
+    max_logit_bytes
+        Memory for logits at a time. The result does not depend on it beyond rounding.
+
+    Raises
+    ------
+    ModelError
+        The tables do not fit the unembedding or the configuration.
+    """
+
+    def __init__(
+        self,
+        unembedding: torch.Tensor,
+        config: SketchConfig,
+        *,
+        bias: torch.Tensor | None = None,
+        tables: SketchTables | None = None,
+        logit_scale: float = 1.0,
+        soft_cap: float | None = None,
+        max_logit_bytes: int = DEFAULT_LOGIT_BYTES,
+    ) -> None:
+        self.config = config
+        self.vocab_size, self.hidden_dim = unembedding.shape
+        self.device = unembedding.device
+        if tables is None:
+            tables = SketchTables.from_config(config, hidden_dim=self.hidden_dim, vocab_size=self.vocab_size)
+        _check_tables(tables, config, hidden_dim=self.hidden_dim, vocab_size=self.vocab_size)
+        self.tables = tables
+        self.logit_scale = float(logit_scale)
+        self.soft_cap = None if soft_cap is None else float(soft_cap)
+        self.max_logit_bytes = max_logit_bytes
+        # CPUs have no matrix product of 16-bit factors with a float32 result.
+        weight = unembedding.detach()
+        self._weight = weight.float() if self.device.type == "cpu" else weight
+        self._bias = None if bias is None else bias.detach().to(self.device, torch.float32)
+        with torch.inference_mode():
+            self._prepare_sketches()
+
+    def _prepare_sketches(self) -> None:
+        names = {name for channel in self.config.channels for name in _FACTORS[channel]}
+        self._names = tuple(name for name in ("h", "g", "r") if name in names)
+        self._h_matrix = self.tables.h.matrix(device=self.device) if "h" in names else None
+        self._r_buckets = self.tables.r.buckets.to(self.device)
+        self._r_signs = self.tables.r.signs.to(self.device, torch.float32)
+        self._projected: torch.Tensor | None = None
+        if "g" in names:
+            matrix = self.tables.g.matrix(device=self.device)
+            parts = [block.float() @ matrix for block in self._weight.split(8192)]
+            self._projected = torch.cat(parts)
+
+    def __repr__(self) -> str:
+        return f"ReadoutHead(vocab_size={self.vocab_size}, hidden_dim={self.hidden_dim}, {self.config!r})"
+
+    @property
+    def slice_rows(self) -> int:
+        """Positions whose logits are computed at a time."""
+        return max(1, self.max_logit_bytes // (LOGIT_COPIES * 4 * self.vocab_size))
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the model, in float32: [N, D] → [N, V]; written into `out` [≥ N, V] where given."""
+        rows = hidden.shape[0]
+        target = None if out is None else out[:rows]
+        if self._weight.dtype == torch.float32:
+            z = torch.mm(hidden.float(), self._weight.t(), out=target)
+        else:
+            z = torch.mm(hidden.to(self._weight.dtype), self._weight.t(), out_dtype=torch.float32, out=target)
+        if self._bias is not None:
+            z.add_(self._bias)
+        if self.logit_scale != 1.0:
+            z.mul_(self.logit_scale)
+        if self.soft_cap is not None:
+            z.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return z
+
+    @torch.inference_mode()
+    def signatures(
+        self,
+        hidden: torch.Tensor,
+        token_ids: torch.Tensor,
+        lengths: torch.Tensor | Sequence[int],
+        *,
+        loss_start: torch.Tensor | Sequence[int] | int | None = None,
+    ) -> torch.Tensor:
+        """One signature per chunk.
+
+        Parameters
+        ----------
+        hidden
+            [B, L, D] hidden states that enter the LM head.
+        token_ids
+            int [B, L]; what stands behind a chunk's length is ignored.
+        lengths
+            [B] tokens of each chunk. Pass it and `loss_start` on the CPU to spare a device synchronisation.
+        loss_start
+            First index that counts as predicted, for all chunks or each; earlier positions are masked.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 [B, dim] of unit length; zero for a chunk without a counted position.
+
+        Raises
+        ------
+        ModelError
+            Hidden states and token ids do not agree in number, or a length does not fit them.
+        """
+        batch, width = self._check(hidden, token_ids)
+        positions = _counted_positions(lengths, loss_start, batch=batch, width=width).to(self.device)
+        flat_hidden = hidden.reshape(batch * width, self.hidden_dim).to(self.device)
+        flat_ids = token_ids.reshape(-1).to(self.device, torch.int64)
+        factors = {name: self._new_factor(name, batch * width) for name in self._names}
+        rows = min(self.slice_rows, max(1, positions.numel()))
+        buffer = torch.empty(rows, self.vocab_size, device=self.device)
+        for part in positions.split(rows):
+            self._sketch_slice(flat_hidden[part], flat_ids[part + 1], part, factors=factors, buffer=buffer)
+        return self._channels({name: factor.view(batch, width, -1) for name, factor in factors.items()})
+
+    def _new_factor(self, name: str, rows: int) -> torch.Tensor:
+        return torch.zeros(rows, self.tables.widths[name], device=self.device)
+
+    def _sketch_slice(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        factors: dict[str, torch.Tensor],
+        buffer: torch.Tensor,
+    ) -> None:
+        """Unit-length sketches of some positions, written to their places in `factors`."""
+        if self._h_matrix is not None:
+            factors["h"][positions] = self._unit(hidden.float() @ self._h_matrix)
+        scaled = self.logits(hidden, out=buffer).div_(self.config.temperature)
+        for found in residuals(scaled, targets, self.config):
+            places = positions if found.rows is None else positions[found.rows]
+            if "r" in factors:
+                factors["r"][places] = self._unit(self._sketch_r(found))
+            if self._projected is not None:
+                factors["g"][places] = self._unit(self._sketch_g(found, self._projected))
+
+    def _sketch_r(self, found: Residuals) -> torch.Tensor:
+        rows, width = found.counts.numel(), self.config.dim_r
+        flat = torch.zeros(rows * width, device=self.device)
+        slots = found.entry_rows * width + self._r_buckets[found.tokens]
+        return flat.scatter_add_(0, slots, found.values * self._r_signs[found.tokens]).view(rows, width)
+
+    def _sketch_g(self, found: Residuals, projected: torch.Tensor) -> torch.Tensor:
+        starts = found.counts.cumsum(0) - found.counts
+        return functional.embedding_bag(
+            found.tokens, projected, starts, mode="sum", per_sample_weights=found.values
+        )
+
+    def _unit(self, x: torch.Tensor) -> torch.Tensor:
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(self.config.eps)
+
+    def _channels(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Σ over positions of the outer products, [B, dim], of unit length."""
+        config = self.config
+        batch = next(iter(factors.values())).shape[0]
+        out = torch.empty(batch, config.dim, device=self.device)
+        start = 0
+        for channel in config.channels:
+            left, right = (factors[name] for name in _FACTORS[channel])
+            part = torch.bmm(left.transpose(1, 2), right).flatten(1)
+            torch.mul(part, float(getattr(config, f"weight_{channel}")), out=out[:, start : start + part.shape[1]])
+            start += part.shape[1]
+        return out.div_(torch.linalg.vector_norm(out, dim=1, keepdim=True).clamp_min(config.eps))
+
+    def _check(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[int, int]:
+        if hidden.dim() != 3 or hidden.shape[:2] != token_ids.shape or hidden.shape[2] != self.hidden_dim:
+            raise ModelError(
+                f"hidden states of shape {list(hidden.shape)} do not match token ids of shape "
+                f"{list(token_ids.shape)} and width {self.hidden_dim}; one hidden state per token is needed"
+            )
+        return int(token_ids.shape[0]), int(token_ids.shape[1])
+
+
+def _counted_positions(
+    lengths: torch.Tensor | Sequence[int],
+    loss_start: torch.Tensor | Sequence[int] | int | None,
+    *,
+    batch: int,
+    width: int,
+) -> torch.Tensor:
+    """Flat indices b·L + t of the positions whose prediction counts, ascending, on the CPU."""
+    counts = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)
+    if counts.numel() != batch or bool((counts > width).any()) or bool((counts < 0).any()):
+        raise ModelError(f"lengths {counts.tolist()[:8]} do not fit {batch} chunks of up to {width} tokens")
+    first = torch.zeros(1, dtype=torch.int64)
+    if loss_start is not None:
+        first = (torch.as_tensor(loss_start, dtype=torch.int64, device="cpu") - 1).clamp_min(0).reshape(-1, 1)
+    if first.shape[0] not in (1, batch):
+        raise ModelError(f"loss_start has {first.shape[0]} entries for {batch} chunks")
+    slots = torch.arange(width)
+    counted = (slots >= first) & (slots < counts[:, None] - 1)
+    return counted.flatten().nonzero().squeeze(1)
+
+
+def _check_tables(tables: SketchTables, config: SketchConfig, *, hidden_dim: int, vocab_size: int) -> None:
+    have = {name: (getattr(tables, name).n_in, width) for name, width in tables.widths.items()}
+    want = {"h": (hidden_dim, config.dim_h), "g": (hidden_dim, config.dim_g), "r": (vocab_size, config.dim_r)}
+    for name, shape in want.items():
+        if have[name] != shape:
+            raise ModelError(
+                f"sketch table {name} maps {have[name][0]} to {have[name][1]}, the model and configuration need "
+                f"{shape[0]} to {shape[1]}; use the model that the tables were made for, or draw new ones"
+            )

@@ -1,0 +1,312 @@
+"""The signature index: one Zarr v3 group per block, under one model and one sketch.
+
+    indexes/<index_id>/index.json                what made it: model, sketch, estimator version, table hash
+    indexes/<index_id>/tables.zarr               the CountSketch tables
+    indexes/<index_id>/blocks/<block_id>.zarr    `signature [rows, dim] float16`, `tokens [rows]`, `chunks [rows]`
+    indexes/<index_id>/blocks/<block_id>.json    completion record, written last
+
+Chunks are full-width, uncompressed (float16 signatures do not compress) and between 8 and 16 MiB, so a
+chunk is one contiguous object that is read with one request and checked against the CRC-32C in the
+completion record. A block without a record does not exist for readers. Rows stand in block order.
+
+Two workers may compute the same block: every key is created exclusively and the record's checksums are
+taken of what is stored, so whoever wrote which chunk, the finished block is consistent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from rise_ops.config import ModelConfig, SketchConfig
+from rise_ops.errors import IntegrityError, MissingObjectError, ModelError
+from rise_ops.hashing import fingerprint
+from rise_ops.progress import Progress, silent
+from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
+from rise_ops.store import Store
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 16 * 2**20
+_READERS = 16
+
+Float16Array = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """Completion record of one indexed block."""
+
+    block_id: str
+    rows: int
+    dim: int
+    tokens: int
+    """Sum over the rows."""
+    chunk_rows: int
+    """Rows of one stored chunk; the last chunk is padded."""
+    crc32c: Mapping[str, int]
+    """Checksum of every stored object of the group, by its key below the group."""
+    seconds: float
+    """Time that computing it took."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BlockRecord:
+        """Read the JSON form."""
+        return cls(**{name: value[name] for name in cls.__slots__})
+
+
+def index_id(model_fingerprint: str, sketch: SketchConfig) -> str:
+    """Identity of an index: model, sketch and estimator version."""
+    return fingerprint([model_fingerprint, sketch.fingerprint, ESTIMATOR_VERSION])
+
+
+def prepare_index(store: Store, signer: Signer, *, model: ModelConfig) -> str:
+    """Create the index of a model and a sketch, or check the one that is there. Returns its id.
+
+    Raises
+    ------
+    IntegrityError
+        An index with this id was made with other sketch tables.
+    """
+    trunk = signer.trunk
+    identity = index_id(trunk.fingerprint, signer.sketch)
+    key = f"indexes/{identity}/index.json"
+    signer.tables.save(store, f"indexes/{identity}/tables.zarr")
+    document = {
+        "format_version": FORMAT_VERSION,
+        "index_id": identity,
+        "model": {"name": model.name, "revision": model.revision, "fingerprint": trunk.fingerprint},
+        "sketch": signer.sketch.model_dump(mode="json"),
+        "sketch_fingerprint": signer.sketch.fingerprint,
+        "estimator_version": ESTIMATOR_VERSION,
+        "tables_sha256": signer.tables.sha256,
+        "dim": signer.sketch.dim,
+        "dtype": "float16",
+    }
+    if not store.create_json(key, document):
+        found = store.get_json(key, format_version=FORMAT_VERSION)
+        if found["tables_sha256"] != signer.tables.sha256:
+            raise IntegrityError(
+                f"{store.url(key)} was made with other sketch tables than this PyTorch draws from seed "
+                f"{signer.sketch.seed}; use the PyTorch it was made with, or another seed"
+            )
+    return identity
+
+
+def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, Any]:
+    """The description of an index.
+
+    Raises
+    ------
+    ModelError
+        The store has no index of this model and sketch; the message says which it has.
+    """
+    try:
+        return store.get_json(f"indexes/{identity}/index.json", format_version=FORMAT_VERSION)
+    except MissingObjectError:
+        others = [store.get_json(f"indexes/{name}/index.json") for name in store.children("indexes")]
+        known = "; ".join(
+            f"{item['model']['name']} ({item['model']['fingerprint'][:12]}), temperature "
+            f"{item['sketch']['temperature']}, {item['dim']} wide"
+            for item in others
+        )
+        raise ModelError(
+            f"{store.uri} has no index of model {model.name} with this sketch ({identity[:12]}). It has: "
+            f"{known or 'none'}. Run `curate index` first, or use the model and sketch of an index that exists"
+        ) from None
+
+
+def list_indexed(store: Store, identity: str, rows_of: Mapping[str, int], *, dim: int) -> set[str]:
+    """Blocks of `rows_of` (block id to rows) that are complete: recorded, every chunk there in full size.
+
+    One listing of the index; no data is read.
+    """
+    prefix = f"indexes/{identity}/blocks/"
+    sizes = {key.removeprefix(prefix): size for key, size in store.list(prefix)}
+
+    return {
+        block_id
+        for block_id, rows in rows_of.items()
+        if f"{block_id}.json" in sizes and _has_chunks(sizes, f"{block_id}.zarr/", rows, dim)
+    }
+
+
+def write_block(store: Store, identity: str, block_id: str, signatures: RowSignatures, *, seconds: float,
+                producer: Mapping[str, str]) -> BlockRecord:  # fmt: skip
+    """Store a block's signatures; its completion record comes last. Returns the record.
+
+    Raises
+    ------
+    StoreError, TransientError
+    """
+    group_key = f"indexes/{identity}/blocks/{block_id}.zarr"
+    rows, dim = signatures.signature.shape
+    chunk_rows, _ = _chunking(rows, dim)
+    if store.exists(f"indexes/{identity}/blocks/{block_id}.json"):
+        if _complete(store, identity, block_id, rows, dim):
+            return read_record(store, identity, block_id)
+        _discard_damaged(store, identity, block_id)
+    write_signatures(store, group_key, signatures)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "block_id": block_id,
+        "rows": rows,
+        "dim": dim,
+        "tokens": int(signatures.tokens.sum()),
+        "chunk_rows": chunk_rows,
+        "crc32c": checksums(store, group_key),
+        "seconds": round(seconds, 3),
+        "producer": dict(producer),
+    }
+    store.create_json(f"indexes/{identity}/blocks/{block_id}.json", record)
+    return read_record(store, identity, block_id)
+
+
+def write_signatures(store: Store, group_key: str, signatures: RowSignatures) -> None:
+    """Write the three arrays of a group."""
+    import zarr
+
+    rows, dim = signatures.signature.shape
+    chunk_rows, _ = _chunking(rows, dim)
+    group = zarr.open_group(store.zarr(group_key), mode="a", zarr_format=3)
+    arrays: list[tuple[str, npt.NDArray[Any], tuple[int, ...], float]] = [
+        ("signature", signatures.signature, (chunk_rows, dim), float("nan")),
+        ("tokens", signatures.tokens, (rows,), -1),
+        ("chunks", signatures.chunks, (rows,), -1),
+    ]
+    for name, data, chunks, fill in arrays:
+        array = group.require_array(
+            name,
+            shape=data.shape,
+            dtype=data.dtype,
+            chunks=chunks,
+            compressors=None,
+            fill_value=fill,
+            config={"write_empty_chunks": True},
+        )
+        array[...] = data
+
+
+def checksums(store: Store, group_key: str) -> dict[str, int]:
+    """CRC-32C of every stored object of a group, by its key below the group."""
+    prefix = f"{group_key}/"
+    return {
+        key.removeprefix(prefix): google_crc32c.value(store.get(key))
+        for key in sorted(key for key, _ in store.list(prefix))
+    }
+
+
+def read_record(store: Store, identity: str, block_id: str) -> BlockRecord:
+    """Completion record of a block.
+
+    Raises
+    ------
+    IntegrityError
+        The block is not in the index.
+    """
+    key = f"indexes/{identity}/blocks/{block_id}.json"
+    try:
+        return BlockRecord.from_json(store.get_json(key, format_version=FORMAT_VERSION))
+    except MissingObjectError:
+        raise IntegrityError(f"block {block_id} is not in index {identity[:12]}; run `curate index`") from None
+    except KeyError as error:
+        raise IntegrityError(f"{store.url(key)} has no {error}; delete it and run `curate index`") from None
+
+
+def read_records(store: Store, identity: str, block_ids: Iterable[str]) -> dict[str, BlockRecord]:
+    """Completion records of many blocks."""
+    wanted = list(block_ids)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(wanted, pool.map(lambda block: read_record(store, identity, block), wanted), strict=True))
+
+
+def read_counts(store: Store, identity: str, block_id: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Tokens and chunks of a block's rows, each [rows] int32."""
+    import zarr
+
+    group = zarr.open_group(store.zarr(f"indexes/{identity}/blocks/{block_id}.zarr", read_only=True), mode="r")
+    return np.asarray(group["tokens"]), np.asarray(group["chunks"])
+
+
+def iter_signatures(store: Store, identity: str, record: BlockRecord) -> Iterator[Float16Array]:
+    """A block's signatures chunk by chunk, each [chunk_rows or fewer, dim] float16, checked on the way.
+
+    Reads the stored chunk objects themselves: uncompressed little-endian rows, which NumPy can use in place.
+
+    Raises
+    ------
+    IntegrityError
+        A chunk is missing or differs from its checksum.
+    """
+    for chunk, start in enumerate(range(0, record.rows, record.chunk_rows)):
+        name = f"signature/c/{chunk}/0"
+        key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
+        try:
+            data = store.get(key)
+        except MissingObjectError:
+            raise IntegrityError(f"{store.url(key)} is missing; run `curate index` to compute it again") from None
+        if google_crc32c.value(data) != record.crc32c[name]:
+            raise IntegrityError(
+                f"{store.url(key)} does not match its checksum; delete "
+                f"{store.url(f'indexes/{identity}/blocks/{record.block_id}.json')} and run `curate index`"
+            )
+        rows = min(record.chunk_rows, record.rows - start)
+        yield np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
+
+
+def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, signer: Signer,
+                  progress: Progress = silent) -> list[BlockRecord]:  # fmt: skip
+    """Compute and store the signatures of blocks, one after the other.
+
+    `progress` counts rows. A block is visible when its record is; stopping in between loses one block.
+    """
+    from rise_ops.corpus import read_block
+
+    trunk = signer.trunk
+    producer = {"device": str(trunk.device), "dtype": str(trunk.dtype).removeprefix("torch.")}
+    records = []
+    done = 0
+    for block_id in block_ids:
+        started = time.perf_counter()
+        texts = read_block(store, block_id, columns=["text"])["text"].to_list()
+        signatures = signer.rows(texts)
+        seconds = time.perf_counter() - started
+        records.append(write_block(store, identity, block_id, signatures, seconds=seconds, producer=producer))
+        done += len(texts)
+        progress(done, None)
+    return records
+
+
+def _complete(store: Store, identity: str, block_id: str, rows: int, dim: int) -> bool:
+    prefix = f"indexes/{identity}/blocks/{block_id}.zarr/"
+    return _has_chunks(dict(store.list(prefix)), prefix, rows, dim)
+
+
+def _has_chunks(sizes: Mapping[str, int], prefix: str, rows: int, dim: int) -> bool:
+    chunk_rows, chunks = _chunking(rows, dim)
+    expected = chunk_rows * dim * 2
+    return all(sizes.get(f"{prefix}signature/c/{chunk}/0") == expected for chunk in range(chunks))
+
+
+def _chunking(rows: int, dim: int) -> tuple[int, int]:
+    """Rows of a chunk and number of chunks: as few chunks of at most CHUNK_BYTES as hold the rows, evenly."""
+    chunks = max(1, -(-rows * dim * 2 // CHUNK_BYTES))
+    chunk_rows = -(-rows // chunks)
+    return chunk_rows, -(-rows // chunk_rows)
+
+
+def _discard_damaged(store: Store, identity: str, block_id: str) -> None:
+    """Remove a block that has a record but not all its chunks.
+
+    Chunks without a record stay: an object store shows an object whole or not at all, so what an
+    interrupted attempt left is good, and another worker may be writing right now.
+    """
+    group = f"indexes/{identity}/blocks/{block_id}"
+    store.delete([f"{group}.json"])
+    store.delete([key for key, _ in store.list(f"{group}.zarr/")])

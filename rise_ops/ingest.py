@@ -1,0 +1,254 @@
+"""Ingestion: source objects to blocks and records, and records to a published corpus version.
+
+    ingest_object   one object: read, canonicalise, cut into blocks, write blocks, then its record
+    publish         all objects: pack the small ones, check `limits.bad_rows`, write snapshot and version
+
+An object is read once, front to back, and one block of rows is held at a time. Nothing counts until its
+completion record exists: a run that is killed leaves blocks that the next one finds already written.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rise_ops.blocks import RowBuffer, block_key, ends_block, write_block
+from rise_ops.config import CorpusConfig, CurationConfig, LimitsConfig
+from rise_ops.corpus import CorpusVersion, current_version, diff_sources, list_sources
+from rise_ops.errors import SourceError
+from rise_ops.objects import (
+    BlockCount,
+    IngestedObject,
+    ObjectRecord,
+    PlaceWriter,
+    canonical_raw,
+    is_small,
+    places_key,
+    read_record,
+    record_id,
+    record_key,
+    rows_key,
+    spooled_places,
+    write_rows,
+)
+from rise_ops.progress import Progress, silent
+from rise_ops.publish import publish
+from rise_ops.readers import Reader, SourceRow, open_rows
+from rise_ops.rows import RowFault, canonical_row, ingest_fingerprint
+from rise_ops.sources import SourceObject, hash_object, is_local, refuse_inside, stat_object
+from rise_ops.store import Store
+
+__all__ = ["IngestedObject", "ingest_corpus", "ingest_fingerprint", "ingest_object", "publish"]
+
+_PROGRESS_ROWS = 1000
+_CONNECTIONS = 16
+
+
+def ingest_object(
+    store: Store,
+    source: SourceObject,
+    *,
+    corpus: CorpusConfig,
+    limits: LimitsConfig,
+    dry: bool = False,
+    progress: Progress = silent,
+) -> IngestedObject:
+    """Turn one source object into blocks and a record, unless that was done before.
+
+    Parameters
+    ----------
+    store
+        Where blocks and record go.
+    source
+        The object, as listed.
+    corpus, limits
+        `corpus.fields` and `limits.row_bytes` decide what its rows become.
+    dry
+        Write nothing, and still return exact counts and block ids.
+    progress
+        Called with rows read so far.
+
+    Returns
+    -------
+    IngestedObject
+        Blocks are empty for a small object until it is published.
+
+    Raises
+    ------
+    SourceError
+        The object is damaged, missing, or changed while it was read.
+    """
+    refuse_inside(source.uri, store.uri)
+    settings = ingest_fingerprint(corpus.fields, limits)
+    if is_local(source.uri):  # a second look at a local file is cheap beside parsing it
+        known = _finished(store, record_id(hash_object(source.uri), settings))
+        if known is not None:
+            _refuse_changed(source)
+            return _ingested(source, known, reused=True)
+    with open_rows(source, row_bytes=int(limits.row_bytes)) as reader, spooled_places() as (places, path):
+        conversion = _Conversion(store, places, corpus=corpus, limits=limits, dry=dry)
+        conversion.run(reader, progress)
+        places.close()
+        _refuse_changed(source)
+        record = conversion.record(object_sha=reader.sha256(), settings=settings)
+        if not dry:
+            conversion.commit(record, path)
+    return _ingested(source, record, reused=False)
+
+
+def ingest_corpus(
+    store: Store, config: CurationConfig, *, run_id: str, progress: Progress = silent
+) -> tuple[CorpusVersion, tuple[IngestedObject, ...]]:
+    """The whole stage in one call: list, ingest what changed, publish.
+
+    Returns
+    -------
+    tuple
+        The current version of the corpus, and the objects that were new or changed.
+
+    Raises
+    ------
+    SourceError, BadRowsError, ConflictError, StoreError, TransientError
+    """
+    corpus, limits = config.corpus, config.limits
+    listing = list_sources(corpus, store=store)
+    version = current_version(store, corpus.name)
+    diff = diff_sources(listing, version, ingest_fingerprint(corpus.fields, limits))
+    objects: list[IngestedObject] = []
+    before = 0
+    for source in (*diff.added, *diff.changed):
+
+        def advance(done: int, _: int | None, before: int = before) -> None:
+            progress(before + done, None)
+
+        made = ingest_object(store, source, corpus=corpus, limits=limits, progress=advance)
+        before += made.rows + made.rejected
+        objects.append(made)
+    published = publish(store, corpus=corpus, objects=objects, unchanged=diff.unchanged, run_id=run_id, limits=limits)
+    return published, tuple(objects)
+
+
+class _Conversion:
+    """One object on its way: holds at most one block of rows."""
+
+    def __init__(
+        self, store: Store, places: PlaceWriter, *, corpus: CorpusConfig, limits: LimitsConfig, dry: bool
+    ) -> None:
+        self._store = store
+        self._places = places
+        self._fields = corpus.fields
+        self._row_bytes = int(limits.row_bytes)
+        self._dry = dry
+        self._blocks: list[BlockCount] = []
+        self._buffer = RowBuffer()
+        self._source_rows: list[int] = []
+        self._columns: dict[str, str] = {}
+        self._rows = self._rejected = self._characters = self._size = 0
+        self._small = False
+
+    def run(self, reader: Reader, progress: Progress) -> None:
+        """Read every row."""
+        fields, row_bytes = self._fields, self._row_bytes
+        for done, row in enumerate(reader, start=1):
+            value = row.value
+            if isinstance(value, RowFault):
+                self._reject(reader.unit, row, value, {})
+            else:
+                try:
+                    canonical = canonical_row(value, fields=fields, row_bytes=row_bytes)
+                except RowFault as fault:
+                    self._reject(reader.unit, row, fault, value)
+                else:
+                    buffer = self._buffer
+                    buffer.append(canonical)
+                    self._source_rows.append(row.source_row)
+                    if ends_block(canonical.doc_id, rows=len(buffer), size=buffer.size):
+                        self._end_block()
+            if done % _PROGRESS_ROWS == 0:
+                progress(done, reader.total)
+        self._columns = reader.columns
+        self._finish()
+        progress(self._rows + self._rejected, self._rows + self._rejected)
+
+    def record(self, *, object_sha: str, settings: str) -> ObjectRecord:
+        """The completion record."""
+        return ObjectRecord(
+            record=record_id(object_sha, settings),
+            object_sha=object_sha,
+            rows=self._rows,
+            rejected=self._rejected,
+            characters=self._characters,
+            size=self._size,
+            blocks=tuple(self._blocks),
+            fields=self._columns,
+            small=self._small,
+        )
+
+    def commit(self, record: ObjectRecord, places: Path) -> None:
+        """Write what is left, and the completion record last."""
+        if record.small:
+            write_rows(self._store, record.record, self._buffer, self._source_rows)
+        self._store.create_from_file(places_key(record.record), places)
+        self._store.create_json(record_key(record.record), record.to_json())
+
+    def _reject(self, unit: str, row: SourceRow, fault: RowFault, value: dict[str, Any]) -> None:
+        self._rejected += 1
+        raw = canonical_raw(value) if row.raw is None else row.raw
+        self._places.reject(row.source_row, where=f"{unit} {row.number}", fault=fault, raw=raw)
+
+    def _end_block(self) -> None:
+        rows = self._buffer
+        block_id = rows.block_id() if self._dry else write_block(self._store, rows)
+        self._blocks.append(BlockCount(block_id, len(rows), rows.characters))
+        self._places.accept(block_id, self._source_rows)
+        self._count(rows)
+        self._buffer, self._source_rows = RowBuffer(), []
+
+    def _finish(self) -> None:
+        self._small = is_small(len(self._buffer), len(self._blocks))
+        if self._small:
+            self._places.accept(None, self._source_rows)
+            self._count(self._buffer)
+        elif len(self._buffer):
+            self._end_block()
+
+    def _count(self, rows: RowBuffer) -> None:
+        self._rows += len(rows)
+        self._characters += rows.characters
+        self._size += rows.size
+
+
+def _finished(store: Store, record: str) -> ObjectRecord | None:
+    """The record, if it and everything that it names is there."""
+    if not store.exists(record_key(record)):
+        return None
+    known = read_record(store, record)
+    keys = [places_key(record), *([rows_key(record)] if known.small else [])]
+    keys += [block_key(block.block_id) for block in known.blocks]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        return known if all(pool.map(store.exists, keys)) else None
+
+
+def _refuse_changed(source: SourceObject) -> None:
+    now = stat_object(source.uri)
+    unknown = source.etag is None and source.mtime is None
+    if now.size != source.size if unknown else not now.same_state(source):
+        raise SourceError(f"source {source.uri} changed while it was read; run again when its writer has finished")
+
+
+def _ingested(source: SourceObject, record: ObjectRecord, *, reused: bool) -> IngestedObject:
+    return IngestedObject(
+        uri=source.uri,
+        size=source.size,
+        etag=source.etag,
+        mtime=source.mtime,
+        object_sha=record.object_sha,
+        record=record.record,
+        rows=record.rows,
+        rejected=record.rejected,
+        blocks=tuple(block.block_id for block in record.blocks),
+        small=record.small,
+        characters=record.characters,
+        reused=reused,
+    )

@@ -1,0 +1,103 @@
+"""Lineage: from a run, an export or an exported row back to what made it.
+
+A row is found by its doc_id in the decisions of the runs; its place there names the source object and the
+row in it, and the corpus version names the object's bytes. If the object is still the same, its line is
+read again and shown.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+
+from rise_ops.corpus import read_source_row, read_version
+from rise_ops.errors import ConfigError, SourceError
+from rise_ops.export import list_exports
+from rise_ops.runs import list_runs, read_run
+from rise_ops.selection import decisions_key
+from rise_ops.store import Store
+
+Json = dict[str, Any]
+
+_MIN_DOC_ID = 8
+
+
+def trace(store: Store, target: str) -> Json:
+    """Lineage of a run id, an export (`name` or `name/version`) or a doc_id (8 or more hexadecimal digits).
+
+    Raises
+    ------
+    ConfigError
+        The store knows nothing by that name.
+    """
+    if target in store.children("runs"):
+        return {"kind": "run", **read_run(store, target)}
+    name, _, version = target.partition("/")
+    if name in store.children("exports"):
+        return _trace_export(store, name, version)
+    if len(target) >= _MIN_DOC_ID and set(target) <= set("0123456789abcdef"):
+        return _trace_row(store, target)
+    raise ConfigError(
+        f"{store.uri} has no run or export {target}, and it is not a doc_id (hexadecimal, {_MIN_DOC_ID} digits or more)"
+    )
+
+
+def _trace_export(store: Store, name: str, version: str) -> Json:
+    manifests = list_exports(store, name)
+    chosen = [manifest for manifest in manifests if not version or manifest["version"] == version]
+    if not chosen:
+        known = ", ".join(manifest["version"] for manifest in manifests) or "none finished"
+        raise ConfigError(f"{store.uri} has no export {name}/{version}; versions: {known}")
+    manifest = chosen[-1]
+    return {"kind": "export", **manifest, "run": read_run(store, manifest["run_id"])}
+
+
+def _trace_row(store: Store, prefix: str) -> Json:
+    occurrences = []
+    for run_id in reversed(list_runs(store)):
+        if not store.exists(decisions_key(run_id)):
+            continue
+        found = (
+            store.scan_parquet([decisions_key(run_id)])
+            .filter(pl.col("doc_id").str.starts_with(prefix))
+            .collect(engine="streaming")
+        )
+        occurrences += [{"run_id": run_id, **row} for row in found.iter_rows(named=True)]
+    if not occurrences:
+        raise ConfigError(f"no run in {store.uri} decided on a row {prefix}")
+    names = sorted({row["doc_id"] for row in occurrences})
+    if len(names) > 1:
+        raise ConfigError(f"{prefix} is the beginning of {len(names)} rows: {', '.join(names[:5])}; give more digits")
+    latest = read_run(store, occurrences[0]["run_id"])
+    published = {manifest["run_id"]: f"{manifest['name']}/{manifest['version']}" for manifest in list_exports(store)}
+    exports = {run_id: read_run(store, run_id)["export"] for run_id in {row["run_id"] for row in occurrences}}
+    for row in occurrences:
+        row["export"] = exports[row["run_id"]] if row["kept"] else None
+    return {
+        "kind": "row",
+        "doc_id": names[0],
+        "decisions": occurrences,
+        "exports": sorted({row["export"] for row in occurrences if row["export"] in published.values()}),
+        "sources": _sources(store, latest, [row for row in occurrences if row["run_id"] == latest["run_id"]]),
+        "model": latest["model"],
+        "index_id": latest["index_id"],
+        "corpus": latest["corpus"],
+        "code": latest["code"],
+        "config_fingerprint": latest["config_fingerprint"],
+    }
+
+
+def _sources(store: Store, run: Json, rows: list[Json]) -> list[Json]:
+    version = read_version(store, run["corpus"]["name"], run["corpus"]["version"])
+    entries = {entry.uri: entry for entry in version.sources}
+    found = []
+    for row in rows:
+        entry = entries[row["source_uri"]]
+        item: Json = {"uri": entry.uri, "row": row["source_row"], "object_sha": entry.object_sha}
+        try:
+            item["line"] = read_source_row(entry, row["source_row"])
+        except SourceError as error:
+            item["unavailable"] = str(error)
+        found.append(item)
+    return found

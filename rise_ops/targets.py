@@ -1,0 +1,140 @@
+"""Targets: named sets of queries, and their signatures.
+
+    targets/<target_id>.zarr       the same three arrays as an index block, one row a query
+    targets/<target_id>.parquet    the canonical query rows, in the same order
+    targets/<target_id>.json       completion record, written last
+
+`target_id` covers the index and the queries' content in order, so a target is computed once whatever its
+name or place.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from rise_ops.config import LimitsConfig, TargetConfig
+from rise_ops.corpus import read_rows
+from rise_ops.errors import SourceError
+from rise_ops.hashing import canonical_json, fingerprint
+from rise_ops.index import checksums, write_signatures
+from rise_ops.rows import CanonicalRow
+from rise_ops.signatures import RowSignatures, Signer
+from rise_ops.store import Store
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A set of queries with its signatures."""
+
+    target_id: str
+    queries: pl.DataFrame
+    """doc_id, text, prompt, meta; one row a query."""
+    signature: npt.NDArray[np.float32]
+    """[queries, dim], unit length."""
+
+    def head(self, count: int) -> Target:
+        """The first queries."""
+        return Target(self.target_id, self.queries.head(count), self.signature[:count])
+
+
+def read_queries(target: TargetConfig, *, limits: LimitsConfig) -> list[CanonicalRow]:
+    """Canonical rows of a target's queries.
+
+    Raises
+    ------
+    SourceError
+        No file, no row, or a row that cannot be read.
+    """
+    rows = read_rows(target.queries, target.fields, limits)
+    if not rows:
+        raise SourceError(f"{target.queries} has no queries")
+    return rows
+
+
+def target_id(identity: str, rows: Sequence[CanonicalRow]) -> str:
+    """Identity of a target: the index it is for, and its queries with all their columns, in order."""
+    return fingerprint([identity, [[row.doc_id, row.text_field, row.meta] for row in rows]])
+
+
+def sign_target(store: Store, identity: str, rows: Sequence[CanonicalRow], *, signer: Signer) -> str:
+    """Compute and store the signatures of queries unless the store has them. Returns the target's id.
+
+    Raises
+    ------
+    SourceError
+        A query is too short to predict a token.
+    """
+    name = target_id(identity, rows)
+    if store.exists(f"targets/{name}.json"):
+        return name
+    signatures = _signatures(rows, signer)
+    write_signatures(store, f"targets/{name}.zarr", signatures)
+    buffer = io.BytesIO()
+    _frame(rows).write_parquet(buffer)
+    store.create(f"targets/{name}.parquet", buffer.getvalue())
+    store.create_json(
+        f"targets/{name}.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "target_id": name,
+            "index_id": identity,
+            "queries": len(rows),
+            "crc32c": checksums(store, f"targets/{name}.zarr"),
+        },
+    )
+    return name
+
+
+def sign_queries(rows: Sequence[CanonicalRow], *, signer: Signer, name: str) -> Target:
+    """Queries with their signatures, held in memory only; as stored, they are rounded to float16."""
+    return Target(name, _frame(rows), _signatures(rows, signer).signature.astype(np.float32))
+
+
+def read_target(store: Store, name: str) -> Target:
+    """A stored target.
+
+    Raises
+    ------
+    MissingObjectError, IntegrityError
+    """
+    import zarr
+
+    store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION)
+    group = zarr.open_group(store.zarr(f"targets/{name}.zarr", read_only=True), mode="r")
+    signature = np.asarray(group["signature"]).astype(np.float32)
+    queries = pl.read_parquet(io.BytesIO(store.get(f"targets/{name}.parquet")))
+    return Target(name, queries, signature)
+
+
+def _signatures(rows: Sequence[CanonicalRow], signer: Signer) -> RowSignatures:
+    signatures = signer.queries([row.text for row in rows], [row.prompt for row in rows])
+    for row, chunks in zip(rows, signatures.chunks.tolist(), strict=True):
+        if chunks == 0:
+            raise SourceError(f"the query {row.text[:80]!r} has fewer than 2 tokens, so nothing predicts it; remove it")
+    return signatures
+
+
+def _frame(rows: Sequence[CanonicalRow]) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "doc_id": [row.doc_id for row in rows],
+            "text": [row.text for row in rows],
+            "prompt": [row.prompt for row in rows],
+            "meta": [canonical_json(_columns(row)) for row in rows],
+        },
+        schema={"doc_id": pl.String, "text": pl.String, "prompt": pl.String, "meta": pl.String},
+    )
+
+
+def _columns(row: CanonicalRow) -> dict[str, Any]:
+    """All original columns of a row."""
+    return row.meta if row.text_field is None else {**row.meta, row.text_field: row.text}

@@ -1,0 +1,74 @@
+"""Tasks of the index: what is missing, and computing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rise_ops.config import CurationConfig
+from rise_ops.corpus import read_version
+from rise_ops.index import index_id, list_indexed, prepare_index, read_records, sketch_blocks
+from rise_ops.session import block_rows, open_signer
+from rise_ops.store import Store
+from rise_ops.trunk import model_fingerprint
+from tasks.policy import Json, stage
+from tasks.progress import stage_progress
+
+
+def _identity(call: Any) -> Any:
+    return [call["index_id"], call["blocks"]]
+
+
+@stage("plan-index")
+def plan_index(store_uri: str, config: CurationConfig, version: int) -> Json:
+    """Which blocks of a corpus version the index lacks. The model is only fingerprinted, not loaded."""
+    store = Store(store_uri)
+    rows_of = block_rows(store, read_version(store, config.corpus.name, version))
+    fingerprint = model_fingerprint(config.model)
+    identity = index_id(fingerprint, config.sketch)
+    there = list_indexed(store, identity, rows_of, dim=config.sketch.dim)
+    missing = {block: rows for block, rows in rows_of.items() if block not in there}
+    return {
+        "index_id": identity,
+        "model_fingerprint": fingerprint,
+        "blocks": list(rows_of),
+        "rows": list(rows_of.values()),
+        "missing": list(missing),
+        "missing_rows": list(missing.values()),
+        "rows_missing": sum(missing.values()),
+    }
+
+
+@stage("open-model")
+def open_model(store_uri: str, config: CurationConfig) -> Json:
+    """Load and probe the model, and create the index or check that it fits."""
+    store = Store(store_uri)
+    signer = open_signer(store, config)
+    identity = prepare_index(store, signer, model=config.model)
+    trunk = signer.trunk
+    return {
+        "index_id": identity,
+        "parameters": trunk.parameters,
+        "dtype": str(trunk.dtype).removeprefix("torch."),
+        "device": str(trunk.device),
+        "outputs": [f"indexes/{identity}/index.json"],
+    }
+
+
+@stage("sketch", key=_identity)
+def sketch(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: int) -> Json:
+    """Compute the signatures of a batch of blocks."""
+    store = Store(store_uri)
+    signer = open_signer(store, config)
+    records = sketch_blocks(store, index_id, blocks, signer=signer, progress=stage_progress("sketch", rows))
+    return {
+        "rows": sum(record.rows for record in records),
+        "tokens": sum(record.tokens for record in records),
+        "outputs": [f"indexes/{index_id}/blocks/{record.block_id}.json" for record in records],
+    }
+
+
+@stage("count-tokens")
+def count_tokens(store_uri: str, index_id: str, blocks: list[str]) -> Json:
+    """Tokens of indexed blocks, from their records."""
+    records = read_records(Store(store_uri), index_id, blocks)
+    return {"tokens": sum(record.tokens for record in records.values())}

@@ -1,0 +1,84 @@
+"""Tasks of ingestion: look at the sources, read what changed, publish the corpus version."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rise_ops.config import CorpusConfig, LimitsConfig
+from rise_ops.corpus import current_version, diff_sources, list_sources
+from rise_ops.ingest import IngestedObject, ingest_object, publish
+from rise_ops.rows import ingest_fingerprint
+from rise_ops.session import block_rows
+from rise_ops.sources import SourceObject
+from rise_ops.store import Store
+from tasks.policy import Json, stage
+from tasks.progress import stage_progress
+
+
+def _identity(call: Any) -> Any:
+    return [call["objects"], ingest_fingerprint(call["corpus"].fields, call["limits"])]
+
+
+@stage("survey")
+def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig) -> Json:
+    """List the sources and compare them with the corpus' current version."""
+    store = Store(store_uri)
+    store.probe()
+    version = current_version(store, corpus.name)
+    diff = diff_sources(list_sources(corpus, store=store), version, ingest_fingerprint(corpus.fields, limits))
+    return {
+        "parent": version.version if version else None,
+        "read": [asdict(source) for source in (*diff.added, *diff.changed)],
+        "unchanged": [entry.uri for entry in diff.unchanged],
+        "removed": [entry.uri for entry in diff.removed],
+    }
+
+
+@stage("ingest", key=_identity)
+def ingest_objects(store_uri: str, objects: list[Json], corpus: CorpusConfig, limits: LimitsConfig) -> Json:
+    """Read source objects into canonical blocks."""
+    store = Store(store_uri)
+    progress = stage_progress("ingest", None)
+    done = 0
+    results = []
+    for each in objects:
+        found = ingest_object(
+            store,
+            SourceObject(**each),
+            corpus=corpus,
+            limits=limits,
+            progress=lambda rows, total, base=done: progress(base + rows, total),  # type: ignore[misc]
+        )
+        done += found.rows + found.rejected
+        results.append(found.to_json())
+    return {"objects": results, "outputs": [f"objects/{found['record']}.json" for found in results]}
+
+
+@stage("publish")
+def publish_corpus(store_uri: str, objects: list[Json], parent: int | None, unchanged: list[str], run_id: str,
+                   corpus: CorpusConfig, limits: LimitsConfig) -> Json:  # fmt: skip
+    """Pack small objects, check the limit on bad rows, and publish the corpus version."""
+    store = Store(store_uri)
+    version = current_version(store, corpus.name)
+    same = set(unchanged)
+    entries = [entry for entry in version.sources if entry.uri in same] if version else []
+    published = publish(
+        store,
+        corpus=corpus,
+        objects=[IngestedObject.from_json(each) for each in objects],
+        unchanged=entries,
+        run_id=run_id,
+        limits=limits,
+    )
+    before = {block for entry in version.sources for block in entry.blocks} if version else set()
+    rows_of = block_rows(store, published)
+    return {
+        "rows_new": sum(rows for block, rows in rows_of.items() if block not in before),
+        "version": published.version,
+        "snapshot_id": published.snapshot_id,
+        "rows": published.rows,
+        "rejected": published.rejected,
+        "sources": len(published.sources),
+        "outputs": [f"corpora/{corpus.name}/versions/{published.version:012d}.json"],
+    }

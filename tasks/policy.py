@@ -1,0 +1,98 @@
+"""What all tasks share: when to retry, what to cache, and how far to trust the cache.
+
+Retries are for faults that pass (`rise_ops.errors.is_transient`), with exponential backoff and jitter.
+A result is cached under (stage, stage version, estimator version, store, the call's own identity). The cache
+only saves work: before a cached result is used, the objects it names must be in the store, or the task runs
+again. The store is the truth; losing every cached result costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner
+from prefect.tasks import exponential_backoff
+
+from rise_ops.errors import is_transient
+from rise_ops.hashing import fingerprint
+from rise_ops.store import Store
+
+Json = dict[str, Any]
+Call = Mapping[str, Any]
+
+RETRIES = 3
+
+
+def _retry(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
+    error = state.data if isinstance(state.data, BaseException) else None
+    if error is None:
+        error = state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and is_transient(error)
+
+
+def stage(name: str, *, version: int = 1, key: Callable[[Call], Any] | None = None,
+          ) -> Callable[[Callable[..., Json]], Task[..., Json]]:  # fmt: skip
+    """Make a function a task of a stage.
+
+    Parameters
+    ----------
+    version
+        Raised when the stage computes something else from the same input: old results no longer count.
+    key
+        From the call's parameters, what its result depends on; None: never cached.
+    """
+
+    def cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+        from rise_ops.signatures import ESTIMATOR_VERSION
+
+        if key is None:
+            return None
+        return f"{name}-{fingerprint([name, version, ESTIMATOR_VERSION, parameters['store_uri'], key(parameters)])}"
+
+    def wrap(function: Callable[..., Json]) -> Task[..., Json]:
+        cached: Json = {"cache_key_fn": cache_key} if key else {"cache_policy": NO_CACHE}
+        return task(
+            name=name,
+            tags=[f"stage:{name}"],
+            retries=RETRIES,
+            retry_delay_seconds=exponential_backoff(1),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=_retry,
+            persist_result=True,
+            result_serializer="json",
+            **cached,
+        )(function)
+
+    return wrap
+
+
+def run_all(runner: TaskRunner[Any], what: Task[..., Json], calls: Iterable[Call], *, store_uri: str) -> list[Json]:
+    """Run one task for many calls; results in the calls' order, each with `cached`.
+
+    A cached result that names objects (`outputs`) the store does not have is computed again.
+    """
+    parameters = [{"store_uri": store_uri, **call} for call in calls]
+    futures = [runner.submit(what, parameters=each) for each in parameters]
+    results = [_result(future) for future in futures]
+    store = Store(store_uri)
+    lost = [
+        index
+        for index, result in enumerate(results)
+        if result["cached"] and not all(store.exists(key) for key in result.get("outputs", []))
+    ]
+    again = what.with_options(refresh_cache=True)
+    renewed = [runner.submit(again, parameters=parameters[index]) for index in lost]
+    for index, future in zip(lost, renewed, strict=True):
+        results[index] = _result(future)
+    return results
+
+
+def _result(future: PrefectFuture[Json]) -> Json:
+    value = future.result()
+    return {**value, "cached": future.state.name == "Cached"}

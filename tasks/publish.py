@@ -1,0 +1,67 @@
+"""Tasks that end a run: export, evaluation, examples, record and report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from rise_ops.config import CurationConfig
+from rise_ops.corpus import read_version
+from rise_ops.evaluation import evaluate_run
+from rise_ops.examples import write_examples
+from rise_ops.export import export_rows
+from rise_ops.report import write_report
+from rise_ops.runs import write_run
+from rise_ops.store import Store
+from tasks.policy import Json, stage
+from tasks.progress import stage_progress
+
+
+@stage("export")
+def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: str, lineage: Json, rows: int) -> Json:
+    """Publish the kept rows; the same rows in the same format are published once."""
+    store = Store(store_uri)
+    published = export_rows(
+        store,
+        read_version(store, config.corpus.name, version),
+        run_id=run_id,
+        name=config.export_name,
+        config=config.export,
+        lineage=lineage,
+        progress=stage_progress("export", rows),
+    )
+    folder = f"exports/{published.label}"
+    return {**asdict(published), "label": published.label, "outputs": [f"{folder}/manifest.json"]}
+
+
+@stage("evaluate")
+def evaluate_targets(store_uri: str, config: CurationConfig, version: int, blocks: list[str], targets: dict[str, str],
+                     parts: list[list[str]]) -> Json:  # fmt: skip
+    """The evaluation protocol for every target whose queries carry a label that the corpus has too."""
+    store = Store(store_uri)
+    corpus = read_version(store, config.corpus.name, version)
+    return {"evaluation": evaluate_run(store, corpus, blocks, targets, [extremes for _, extremes in parts])}
+
+
+@stage("examples")
+def collect_examples(store_uri: str, config: CurationConfig, version: int, blocks: list[str], targets: dict[str, str],
+                     parts: list[list[str]], run_id: str, evaluation: Json | None) -> Json:  # fmt: skip
+    """Best and worst rows, and what the queries attribute to, with their texts."""
+    store = Store(store_uri)
+    key = write_examples(
+        store,
+        read_version(store, config.corpus.name, version),
+        blocks,
+        run_id=run_id,
+        targets=targets,
+        extremes=[extremes for _, extremes in parts],
+        evaluation=evaluation,
+    )
+    return {"outputs": [key]}
+
+
+@stage("record")
+def record_run(store_uri: str, record: Json, report: bool) -> Json:
+    """Write the run's record and its report."""
+    store = Store(store_uri)
+    uri = write_run(store, record)
+    return {"record": uri, "report": write_report(store, record["run_id"]) if report else None}

@@ -1,0 +1,134 @@
+"""The record of a run as it grows: stages with what they read and wrote, counts, and how it ended.
+
+Used by flows as a context manager. Whatever way the run ends, its record is written once to the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from rise_ops.config import CurationConfig
+from rise_ops.report import write_report
+from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
+from rise_ops.store import Store
+
+Json = dict[str, Any]
+
+
+class Stage:
+    """Inputs and outputs of the stage that is running."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.inputs: list[Json] = []
+        self.outputs: list[Json] = []
+        self.cached = False
+
+    def read(self, key: str, *, sha256: str | None = None, rows: int | None = None) -> None:
+        """Note an input in the store."""
+        self.inputs.append(reference(self._store, key, sha256=sha256, rows=rows))
+
+    def read_source(self, uri: str, *, sha256: str | None = None, rows: int | None = None) -> None:
+        """Note an input outside the store."""
+        self.inputs.append({"uri": uri, "sha256": sha256, "rows": rows})
+
+    def wrote(self, key: str, *, sha256: str | None = None, rows: int | None = None) -> None:
+        """Note an output."""
+        self.outputs.append(reference(self._store, key, sha256=sha256, rows=rows))
+
+
+class Recorder:
+    """The record of one run."""
+
+    def __init__(self, config: CurationConfig, *, name: str, run_id: str | None) -> None:
+        self.store = Store(config.store)
+        self.run_id = run_id or new_run_id(config.corpus.name)
+        self.counts: Json = {}
+        self.report: str | None = None
+        self._clock = time.perf_counter()
+        self.record: Json = {
+            "run_id": self.run_id,
+            "name": name,
+            "status": "completed",
+            "error": None,
+            "started": now(),
+            "config": config.model_dump(mode="json"),
+            "config_fingerprint": config.fingerprint,
+            "code": code_identity(),
+            "model": {"name": config.model.name},
+            "corpus": {"name": config.corpus.name},
+            "index_id": None,
+            "counts": self.counts,
+            "selection": None,
+            "export": None,
+            "stages": [],
+        }
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Time a stage and keep its record; a stage that fails leaves none."""
+        started, clock, stage = now(), time.perf_counter(), Stage(self.store)
+        yield stage
+        self.record["stages"].append(
+            stage_record(
+                name,
+                started=started,
+                seconds=time.perf_counter() - clock,
+                cached=stage.cached,
+                inputs=stage.inputs,
+                outputs=stage.outputs,
+            )
+        )
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self.record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}
+        if error is None:
+            write_run(self.store, self.record)
+            self.report = write_report(self.store, self.run_id)
+            self._publish_artifacts()
+        elif not isinstance(error, KeyboardInterrupt) and self.record["stages"]:
+            write_run(self.store, self.record)
+
+    def summary(self) -> Json:
+        """The run as `curate run --json` prints it."""
+        names = ("rows", "rows_new", "rows_reused", "rows_sketched", "rows_rejected", "tokens", "rows_kept")
+        return {
+            "run_id": self.run_id,
+            "snapshot_id": self.record["corpus"].get("snapshot_id"),
+            "index_id": self.record["index_id"],
+            **{name: self.counts.get(name) for name in names},
+            "export": self.record["export"],
+            "report": self.report,
+            "seconds": self.record["seconds"],
+            "stages": {
+                stage["name"]: {"seconds": stage["seconds"], "cached": stage["cached"]}
+                for stage in self.record["stages"]
+            },
+            "evaluation": self.record.get("evaluation"),
+        }
+
+    def _publish_artifacts(self) -> None:
+        rows = [{"figure": name, "value": value} for name, value in self.counts.items()]
+        create_table_artifact(rows, key="curation-summary", description=f"Run {self.run_id}")
+        stages = "\n".join(
+            f"| {stage['name']} | {stage['seconds']:.1f} | {'yes' if stage['cached'] else 'no'} |"
+            for stage in self.record["stages"]
+        )
+        create_markdown_artifact(
+            f"# Run {self.run_id}\n\nReport: `{self.report}`\n\nExport: `{self.record['export']}`\n\n"
+            f"| stage | seconds | nothing to do |\n|---|---|---|\n{stages}\n",
+            key="curation-run",
+        )
+        if self.report and "://" in self.report:
+            create_link_artifact(self.report, key="curation-report", link_text="Report")

@@ -1,0 +1,276 @@
+"""The report: what it shows, and what no text of a corpus can make it do."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from rise_ops.errors import ConfigError
+from rise_ops.report import render_report, write_report
+from rise_ops.report_data import decision_figures
+from rise_ops.store import Store
+
+RUN = "20260131T120000-demo-1a2b3c"
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</text></svg><script>alert(2)</script>",
+    "user\u202egnp.exe",
+    "nul\x00byte \x1b[31mred",
+    "$\\frac{1}{0}$ {{ 7*7 }} {% raw %}",
+    "]]> --> <!-- </style></title>",
+    "javascript:alert(3) https://evil.example/x.png",
+)
+ROWS = 500
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; remembers what was opened and never closed."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def decisions() -> pl.DataFrame:
+    """Rows of three sources; the 100 lowest values are dropped and one row has no value."""
+    sources = ["/data/a.jsonl", f"/data/{HOSTILE[2]}.jsonl", "/data/$x_{y$.parquet"]
+    values: list[float | None] = [(ROWS - row) / ROWS - 0.4 for row in range(ROWS)]
+    values[-1] = None
+    return pl.DataFrame(
+        {
+            "doc_id": [f"{row:064x}" for row in range(ROWS)],
+            "source_uri": [sources[row % 3] for row in range(ROWS)],
+            "source_row": pl.Series(range(ROWS), dtype=pl.Int64),
+            "tokens": pl.Series([10] * ROWS, dtype=pl.Int32),
+            "score_good": pl.Series(values, dtype=pl.Float32),
+            "value": pl.Series(values, dtype=pl.Float32),
+            "kept": [row < 400 for row in range(ROWS)],
+            "reason": ["kept"] * 400 + ["over_fraction"] * 99 + ["no_prediction"],
+        }
+    )
+
+
+def hit(text: str, **more: Any) -> dict[str, Any]:
+    place = {"doc_id": "ab" * 32, "source_uri": f"/data/{HOSTILE[1]}", "source_row": 7, "kept": False}
+    return {**place, "text": text, **more}
+
+
+def run_record(**changes: Any) -> dict[str, Any]:
+    stage = {
+        "name": f"index {HOSTILE[0]}",
+        "started": "2026-01-31T12:00:01.000+00:00",
+        "seconds": 3.25,
+        "cached": False,
+        "inputs": [{"uri": f"s3://raw/{HOSTILE[1]}", "sha256": "f" * 64, "rows": 4321}],
+        "outputs": [],
+    }
+    return {
+        "format_version": 1,
+        "run_id": RUN,
+        "name": HOSTILE[1],
+        "status": "completed",
+        "error": None,
+        "started": "2026-01-31T12:00:00.000+00:00",
+        "finished": "2026-01-31T12:00:09.000+00:00",
+        "seconds": 9.0,
+        "config": {"corpus": {"name": HOSTILE[0]}, "value": {"good": 1.0}, "sketch": {"temperature": 0.1}},
+        "config_fingerprint": "c" * 64,
+        "code": {"version": "0.1.0", "commit": None},
+        "model": {"name": HOSTILE[3], "fingerprint": "d" * 64, "parameters": 1234567, "dtype": "float32"},
+        "corpus": {"name": HOSTILE[0], "version": 3, "snapshot_id": "e" * 64},
+        "index_id": "a" * 64,
+        "counts": {"rows": ROWS, "rows_sketched": 345, "rows_reused": 155, "rows_new": 77, "rows_rejected": 8},
+        "export": "demo/000000000001",
+        "stages": [stage, {**stage, "name": "value", "cached": True}],
+        **changes,
+    }
+
+
+def put_frame(store: Store, key: str, frame: pl.DataFrame) -> None:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    store.create(key, buffer.getvalue())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store with one finished run, full of hostile text."""
+    store = Store(str(tmp_path / "store"))
+    store.create_json(f"runs/{RUN}/run.json", run_record())
+    put_frame(store, f"runs/{RUN}/decisions.parquet", decisions())
+    rejected = {
+        "source_uri": [f"/data/{text}" for text in HOSTILE],
+        "source_row": list(range(len(HOSTILE))),
+        "reason": [f"not JSON: {text}" for text in HOSTILE],
+        "raw": list(HOSTILE),
+        "error": ["bad_json"] * 6 + ["no_text"] * 2,
+    }
+    put_frame(store, f"quarantine/{RUN}/rejected.parquet", pl.DataFrame(rejected))
+    store.create_json(
+        f"runs/{RUN}/examples.json",
+        {
+            "format_version": 1,
+            "best": [hit(text, value=0.6, rank=1) for text in HOSTILE],
+            "worst": [hit("x" * 5000, value=-0.3999, rank=499)],
+            "queries": [
+                {
+                    "target": "good",
+                    "query": HOSTILE[0] + "answer",
+                    "prompt": HOSTILE[0],
+                    "top": [hit(text, score=0.5) for text in HOSTILE],
+                    "bottom": [],
+                }
+            ],
+            "evaluation": {
+                "rows": ROWS,
+                "positives": 40,
+                "queries": 20,
+                "top_k": {"10": {"precision": 0.955, "auprc": 0.961, "auroc": None}},
+            },
+        },
+    )
+    return store
+
+
+def test_page_is_well_formed_and_shows_the_numbers(store: Store) -> None:
+    page = Page(render_report(store, RUN))
+    assert page.open == []
+    for shown in ("400 of 500 rows", "80 %", "345", "155 reused", "over fraction", "no prediction", "1,234,567",
+                  "0.955", "0.961", "3.25 s", "from cache", "4,321", "−0.400", "8 rows could not be used",
+                  "31 January 2026", "demo/000000000001", "3,800 more characters"):  # fmt: skip
+        assert shown in page.text, shown
+
+
+def test_hostile_text_stays_text(store: Store) -> None:
+    html = render_report(store, RUN)
+    page = Page(html)
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object", "link", "base", "form", "embed"}
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "alert(1)" in page.text
+    assert "49" not in re.findall(r"1}{0}\$ (\S+)", page.text)
+    assert "user‹U+202E›gnp.exe" in page.text
+    assert "nul␀byte ␛[31mred" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", html)
+
+
+def test_page_refers_to_nothing_outside_itself(store: Store) -> None:
+    html = render_report(store, RUN)
+    page = Page(html)
+    links = [
+        value or ""
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in {"href", "src", "srcset", "xlink:href", "action", "data", "poster", "xmlns"}
+    ]
+    assert links and all(link.startswith("#") for link in links)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links} <= set(ids)
+    styles = [attributes.get("style") or "" for _, attributes in page.tags]
+    css = "".join(re.findall(r"<style>(.*?)</style>", html, flags=re.DOTALL) + styles)
+    assert "@import" not in css
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)", html.split("</style>")[1]))
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv"))
+    assert policy is not None and policy.startswith("default-src 'none'") and "script-src" not in policy
+
+
+def test_charts_keep_labels_as_text_and_follow_the_theme(store: Store) -> None:
+    html = render_report(store, RUN)
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(drawings) == 10  # value, one target, sources, spreads, stages: each wide and narrow
+    assert all('role="img"' in drawing and "aria-label=" in drawing for drawing in drawings)
+    assert any("$x_{y$.parquet" in drawing for drawing in drawings)
+    assert "var(--kept)" in drawings[0]
+    assert not re.search(r"#0[1-5]a00[1-5]", html)
+
+
+def test_failed_run_without_decisions(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    record = {"format_version": 1, "run_id": RUN, "status": "failed", "error": "bad rows: <b>12</b> of 100"}
+    store.create_json(f"runs/{RUN}/run.json", record)
+    page = Page(render_report(store, RUN))
+    assert "stopped before it decided" in page.text
+    assert "bad rows: <b>12</b> of 100" in page.text
+    assert "Best and worst" not in page.text
+
+
+def test_decisions_without_targets_have_no_value(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.create_json(f"runs/{RUN}/run.json", run_record(stages=[]))
+    frame = decisions().drop("score_good").with_columns(pl.lit(None, pl.Float32).alias("value"))
+    put_frame(store, f"runs/{RUN}/decisions.parquet", frame)
+    assert "400 of 500 rows" in Page(render_report(store, RUN)).text
+
+
+def test_unknown_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run nothing"):
+        render_report(Store(str(tmp_path)), "nothing")
+
+
+def test_report_is_written_once(store: Store) -> None:
+    uri = write_report(store, RUN)
+    first = store.get(f"runs/{RUN}/report.html")
+    assert uri == store.url(f"runs/{RUN}/report.html")
+    assert write_report(store, RUN) == uri
+    assert store.get(f"runs/{RUN}/report.html") == first == render_report(store, RUN).encode()
+
+
+def test_figures_agree_with_plain_counting() -> None:
+    frame = decisions()
+    figures = decision_figures(frame.lazy())
+    assert (figures.rows, figures.kept, figures.tokens, figures.tokens_kept) == (500, 400, 5000, 4000)
+    assert figures.unvalued == 1
+    assert figures.value is not None
+    assert sum(figures.value.kept) == 400 and sum(figures.value.dropped) == 99
+    assert dict((reason, rows) for reason, rows, _ in figures.reasons) == {
+        "kept": 400,
+        "over_fraction": 99,
+        "no_prediction": 1,
+    }
+    for source in figures.sources:
+        mine = frame.filter(pl.col("source_uri") == source.uri)
+        assert (source.rows, source.kept) == (mine.height, mine["kept"].sum())
+        assert source.mean_value == pytest.approx(mine["value"].mean(), abs=1e-6)
+        assert source.quantiles is not None
+        assert source.quantiles[2] == pytest.approx(mine["value"].median(), abs=5e-3)
+
+
+def test_many_sources_are_summed_up() -> None:
+    frame = decisions().with_columns(source_uri=pl.format("s3://raw/{}.jsonl", pl.int_range(pl.len()) % 100))
+    figures = decision_figures(frame.lazy())
+    assert figures.source_count == 100
+    assert len(figures.sources) == 21
+    assert sum(source.rows for source in figures.sources) == ROWS
+    assert figures.sources[-1].uri == "80 smaller sources"
