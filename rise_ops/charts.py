@@ -40,7 +40,7 @@ _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "text.parse_math": False,
-    "font.size": 12.0,
+    "font.size": 13.0,
     "axes.edgecolor": _GRID,
     "axes.unicode_minus": True,
 }

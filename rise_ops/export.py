@@ -16,6 +16,7 @@ these four names is exported as `original_<name>`.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -190,7 +191,7 @@ def _write_files(store: Store, prefix: str, kept: Path, types: ColumnTypes, conf
             done += len(rows)
             progress(done, None)
     path = folder / f"data.{config.format}"
-    with zstandard.open(spool, "rb") as lines:
+    with zstandard.open(spool, "rb") as packed, io.BufferedReader(packed) as lines:
         for number, part in enumerate(_parts(lines, config.max_file_bytes)):
             rows = _write_parquet(part, path, types) if config.format == "parquet" else _write_lines(part, path)
             yield _publish(store, f"{prefix}/data/train-{number:05d}.{config.format}", path, rows)

@@ -46,8 +46,11 @@ def jsonl(rows: Iterable[Row]) -> bytes:
 def write_as(path: Path, rows: Sequence[Row]) -> Path:
     """Rows in the format that the path's ending names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([dict(row) for row in rows])
     name = path.name
+    if name.split(".")[1] in ("jsonl", "ndjson", "json"):
+        path.write_bytes(compress(jsonl(rows), name))
+        return path
+    table = pa.Table.from_pylist([dict(row) for row in rows])
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(table, path, row_group_size=100)
     elif name.endswith(".feather"):
@@ -58,8 +61,7 @@ def write_as(path: Path, rows: Sequence[Row]) -> Path:
     else:
         sink = pa.BufferOutputStream()
         pyarrow.csv.write_csv(table, sink)
-        plain = sink.getvalue().to_pybytes() if ".csv" in name else jsonl(rows)
-        path.write_bytes(compress(plain, name))
+        path.write_bytes(compress(sink.getvalue().to_pybytes(), name))
     return path
 
 

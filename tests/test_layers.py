@@ -7,9 +7,12 @@ touches no bytes; `deployments` holds files, no logic. The house rules that a li
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,30 @@ def test_the_top_level_is_short() -> None:
     if listed.returncode:
         pytest.skip("not a git work tree")
     assert {name.partition("/")[0] for name in listed.stdout.splitlines()} <= TOP_LEVEL
+
+
+@pytest.mark.parametrize(("extras", "packages"), [([], ["rise_ops", "tasks", "flows"]), (["test"], ["tests"])])
+def test_what_is_imported_is_declared(extras: list[str], packages: list[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [
+        *project["dependencies"],
+        *(each for extra in extras for each in project["optional-dependencies"][extra]),
+    ]
+    names = {canonical(re.split(r"[^A-Za-z0-9._-]", requirement)[0]) for requirement in declared}
+    owners = packages_distributions()
+    undeclared = {
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for package in packages
+        for path in modules(package)
+        for line, name in imports(path)
+        if name not in sys.stdlib_module_names | {"rise_ops", "tasks", "flows", "tests"}
+        and names.isdisjoint(canonical(owner) for owner in owners.get(name, []))
+    }
+    assert not undeclared
+
+
+def canonical(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
 
 
 def test_settings_and_errors_are_cheap_to_import() -> None:

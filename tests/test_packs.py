@@ -47,13 +47,13 @@ def test_order_and_copies_do_not_matter() -> None:
 
 @pytest.mark.parametrize("most", [1, 20, 255])
 def test_one_changed_object_repacks_few(most: int) -> None:
-    records = _records(200_000 // most, most=most)
+    records = _records(60_000 // most, most=most)
     before = _names(records)
     touched = []
-    for place in range(0, len(records), len(records) // 20):
+    for place in range(0, len(records), len(records) // 8):
         changed = [*records[:place], _record(f"new {place}", records[place].rows), *records[place + 1 :]]
         touched.append(len(_names(changed) - before))
-    assert sum(touched) / len(touched) <= 3.5
+    assert sum(touched) / len(touched) <= 4
 
 
 def test_content_bounds_a_pack() -> None:
