@@ -21,6 +21,8 @@ Listener = Callable[[str, int, int | None], None]
 _OUT = Console()
 _ERR = Console(stderr=True)
 _PREVIEW = 160
+_WHOLE = ("run_id", "score")
+"""Columns that are copied or compared, so never broken."""
 
 
 def note(text: str) -> None:
@@ -197,7 +199,7 @@ def _figures(title: str, figures: Json) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), title_justify="left", show_header=any(columns), header_style="bold")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     return table
 
 

@@ -47,9 +47,10 @@ class ColumnTypes:
             seen = infer([row.get(name) for row in rows])
             self._found[name] = common(self._found[name], seen) if name in self._found else seen
 
-    def schema(self) -> pa.Schema:
-        """Arrow schema of all rows seen."""
-        return pa.schema([(name, _storable(kind)) for name, kind in self._found.items()])
+    def schema(self, *, last: Sequence[str] = ()) -> pa.Schema:
+        """Arrow schema of all rows seen; the columns named in `last` come last, in that order."""
+        names = [name for name in self._found if name not in last] + [name for name in last if name in self._found]
+        return pa.schema([(name, _storable(self._found[name])) for name in names])
 
     def batch(self, rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatch:
         """Rows as a record batch of `schema`."""

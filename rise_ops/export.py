@@ -217,7 +217,7 @@ def _parts(lines: Iterable[bytes], max_bytes: int) -> Iterator[Iterator[bytes]]:
 def _write_parquet(lines: Iterator[bytes], path: Path, types: ColumnTypes) -> int:
     import pyarrow.parquet as pq
 
-    schema, total = types.schema(), 0
+    schema, total = types.schema(last=OWN_COLUMNS), 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while batch := [json.loads(line) for line in islice(lines, _BATCH_ROWS)]:
             writer.write_batch(types.batch(batch, schema))

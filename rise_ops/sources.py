@@ -11,6 +11,7 @@ This module does not know formats (`rise_ops.readers`) and does not interpret by
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import os
 import stat
@@ -202,15 +203,46 @@ def _matches(pattern: str) -> list[SourceObject]:
         if filesystem.isdir(path):
             raise SourceError(f"source {pattern} is a folder; say which files, such as {pattern.rstrip('/')}/*.jsonl")
         return [_local(path)] if local and os.path.lexists(path) else []
-    try:
-        # A local folder that cannot be read must not look empty; object stores raise by themselves.
-        found = filesystem.glob(path, detail=True, **({"on_error": "raise"} if local else {}))
-    except FileNotFoundError:
-        return []
-    items = [(name, info) for name, info in found.items() if info["type"] != "directory"]
+    if any("**" in part and part != "**" for part in path.split("/")):
+        raise ConfigError(f"source {pattern}: '**' stands for folders and must be between slashes, as in a/**/*.jsonl")
     if local:
-        return [_local(name) for name, _ in items]
-    return [_remote(protocol, filesystem, name, info) for name, info in items]
+        return [_local(name) for name in dict.fromkeys(_expanded("/", path.strip("/").split("/")))]
+    found = filesystem.glob(path, detail=True)
+    return [_remote(protocol, filesystem, name, info) for name, info in found.items() if info["type"] != "directory"]
+
+
+def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
+    """Files below `folder` that match. fsspec's own glob passes over folders that it may not read; this raises."""
+    head, *rest = parts
+    if head == "**":
+        yield from _expanded(folder, rest or ["*"])
+        for entry in _entries(folder):
+            if entry.is_dir() and not _is_loop(folder, entry):
+                yield from _expanded(entry.path, parts)
+    elif any(sign in head for sign in _MAGIC):
+        for entry in _entries(folder):
+            if fnmatch.fnmatchcase(entry.name, head):
+                if rest and entry.is_dir():
+                    yield from _expanded(entry.path, rest)
+                elif not rest and not entry.is_dir():
+                    yield entry.path
+    else:
+        path = os.path.join(folder, head)
+        if rest and os.path.isdir(path):
+            yield from _expanded(path, rest)
+        elif not rest and os.path.lexists(path) and not os.path.isdir(path):
+            yield path
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _is_loop(folder: str, entry: os.DirEntry[str]) -> bool:
+    """Whether a link leads back to a folder above it."""
+    inside = os.path.realpath(folder) + "/"
+    return entry.is_symlink() and inside.startswith(os.path.realpath(entry.path).rstrip("/") + "/")
 
 
 def _local(path: str) -> SourceObject:
@@ -235,7 +267,8 @@ def _ns(moment: object) -> int | None:
     if isinstance(moment, datetime):
         since = moment.replace(tzinfo=moment.tzinfo or UTC) - _EPOCH
         return (since.days * 86400 + since.seconds) * 10**9 + since.microseconds * 1000
-    return int(moment * 10**9) if isinstance(moment, (int, float)) else None
+    # Some filesystems give seconds as a float in one place and a datetime in another: microseconds agree.
+    return round(moment * 10**6) * 1000 if isinstance(moment, (int, float)) else None
 
 
 def _nothing(pattern: str) -> str:

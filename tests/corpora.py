@@ -93,12 +93,8 @@ def ingest_all(
 ) -> CorpusVersion:
     """List, ingest what changed, publish."""
     version = current_version(store, corpus.name)
-    diff = diff_sources(
-        list_sources(corpus, store=store), version, ingest_fingerprint(corpus.fields, limits)
-    )
-    objects = [
-        ingest_object(store, source, corpus=corpus, limits=limits) for source in (*diff.added, *diff.changed)
-    ]
+    diff = diff_sources(list_sources(corpus, store=store), version, ingest_fingerprint(corpus.fields, limits))
+    objects = [ingest_object(store, source, corpus=corpus, limits=limits) for source in (*diff.added, *diff.changed)]
     return publish(store, corpus=corpus, objects=objects, unchanged=diff.unchanged, run_id=run_id, limits=limits)
 
 

@@ -242,9 +242,7 @@ def test_endless_conflict_is_named(local: Store, tmp_path: Path, monkeypatch: py
     local.create_json(version_key("corpus", 1), {"format_version": 1})
     monkeypatch.setattr(publishing, "current_version", lambda *_: None)
     with pytest.raises(ConflictError, match="published 5 versions"):
-        publish(
-            local, corpus=corpus_of(tmp_path / "*"), objects=[one], unchanged=[], run_id="loser", limits=NO_LIMITS
-        )
+        publish(local, corpus=corpus_of(tmp_path / "*"), objects=[one], unchanged=[], run_id="loser", limits=NO_LIMITS)
 
 
 def test_placements_read_only_what_is_asked(local: Store, tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def test_rows_of_packed_objects_are_found_again(store: Store, tmp_path: Path) ->
         for _, block_row, uri, source_row in placements(store, version, [block]).iter_rows()
     }
     expected = {
-        (f"{place}.jsonl", place + number): rows[5 * place + number]["text"] for place in range(10) for number in range(5)
+        (f"{place}.jsonl", place + number): rows[5 * place + number]["text"]
+        for place in range(10)
+        for number in range(5)
     }
     expected |= {("copy.jsonl", 3 + number): rows[15 + number]["text"] for number in range(5)}
     assert found == expected

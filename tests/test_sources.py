@@ -56,6 +56,16 @@ def test_states_with_tags_ignore_times() -> None:
     assert not nothing_known.same_state(nothing_known)
 
 
+def test_globs_follow_links_once(tmp_path: Path) -> None:
+    _fill(tmp_path, "real/a.jsonl")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path)
+    root = str(tmp_path)
+    assert _names(list_objects([f"{root}/**/*.jsonl"]), root) == ["linked/a.jsonl", "real/a.jsonl"]
+    assert _names(list_objects([f"{root}/**"]), root) == ["linked/a.jsonl", "real/a.jsonl"]
+    assert _names(list_objects([f"{root}/*/a.jsonl", f"{root}/r??l/*"]), root) == ["linked/a.jsonl", "real/a.jsonl"]
+
+
 def test_names_that_look_like_globs(tmp_path: Path) -> None:
     _fill(tmp_path, "rows[1].jsonl", "rows1.jsonl")
     (found,) = list_objects([f"{tmp_path}/rows[1].jsonl"])
@@ -136,6 +146,8 @@ def test_what_matches_nothing_is_named(tmp_path: Path) -> None:
 def test_wrong_urls_are_named() -> None:
     with pytest.raises(ConfigError, match="nosuch"):
         list_objects(["nosuch://x/*.jsonl"])
+    with pytest.raises(ConfigError, match="must be between slashes"):
+        list_objects(["memory://x/**.jsonl"])
     with pytest.raises(ConfigError, match="chained"):
         list_objects(["simplecache::s3://b/*.jsonl"])
 

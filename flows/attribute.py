@@ -1,0 +1,32 @@
+"""The flow `attribute`: which rows of the indexed corpus made the model say something.
+
+`curate attribute` asks the library directly; this is the same question as a deployment, answered into the
+store and a Prefect artifact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from rise_ops.config import CurationConfig
+from tasks.attribute import attribute_queries, publish_hits
+from tasks.policy import run_all
+
+
+def _run_name() -> str:
+    return f"{runtime.flow_run.parameters['config'].corpus.name}-attribute"
+
+
+@flow(name="attribute", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+def attribute(
+    config: CurationConfig, queries: str | None = None, text: str | None = None, prompt: str | None = None, k: int = 10
+) -> dict[str, Any]:
+    """Attribute queries of a file, or one text. Returns where the hits are in the store."""
+    with ThreadPoolTaskRunner(max_workers=1) as runner:
+        call = {"config": config, "queries": queries, "text": text, "prompt": prompt, "k": k}
+        (found,) = run_all(runner, attribute_queries, [call], store_uri=config.store)
+        run_all(runner, publish_hits, [{"key": found["outputs"][0]}], store_uri=config.store)
+    return found

@@ -1,0 +1,25 @@
+"""The flow `index_corpus`: bring the corpus and its index up to date with the sources, and stop there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.stages import index, ingest
+from rise_ops.config import CurationConfig
+from tasks.recording import Recorder
+
+
+def _run_name() -> str:
+    return f"{runtime.flow_run.parameters['config'].corpus.name}-reindex"
+
+
+@flow(name="index_corpus", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+def index_corpus(config: CurationConfig, run_id: str | None = None) -> dict[str, Any]:
+    """Ingest what changed and compute the signatures that are missing. Returns the run's summary."""
+    run = Recorder(config, name="index_corpus", run_id=run_id)
+    with run, ThreadPoolTaskRunner(max_workers=config.runner.workers) as runner:
+        index(run, runner, config, ingest(run, runner, config))
+    return run.summary()

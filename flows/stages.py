@@ -1,0 +1,165 @@
+"""The stages that flows are composed of: each asks the store what is there and schedules tasks for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.task_runners import TaskRunner
+
+from rise_ops.batches import split
+from rise_ops.config import CurationConfig
+from tasks.index import count_tokens, open_model, plan_index, sketch
+from tasks.ingest import ingest_objects, publish_corpus, survey
+from tasks.policy import run_all
+from tasks.publish import collect_examples, evaluate_targets, export_kept
+from tasks.recording import Recorder
+from tasks.value import select_rows, sign_queries, value_blocks
+
+Json = dict[str, Any]
+Runner = TaskRunner[Any]
+
+_INGEST_BYTES = 256 * 2**20
+_SKETCH_ROWS = 4 * 2_048
+_VALUE_ROWS = 16 * 2_048
+
+
+def ingest(run: Recorder, runner: Runner, config: CurationConfig) -> Json:
+    """Bring the corpus' current version up to date with its sources."""
+    common = {"corpus": config.corpus, "limits": config.limits}
+    with run.stage("ingest") as stage:
+        (seen,) = run_all(runner, survey, [common], store_uri=config.store)
+        batches = split(seen["read"], [max(0, item["size"]) for item in seen["read"]], target=_INGEST_BYTES)
+        done = run_all(runner, ingest_objects, [{"objects": batch, **common} for batch in batches], store_uri=config.store)
+        objects = [item for batch in done for item in batch["objects"]]
+        call = {"objects": objects, "parent": seen["parent"], "unchanged": seen["unchanged"], "run_id": run.run_id}
+        (published,) = run_all(runner, publish_corpus, [{**call, **common}], store_uri=config.store)
+        for item in objects:
+            stage.read_source(item["uri"], sha256=item["object_sha"], rows=item["rows"])
+        stage.wrote(published["outputs"][0], sha256=published["snapshot_id"], rows=published["rows"])
+        stage.cached = published["version"] == seen["parent"]
+    run.record["corpus"] |= {"version": published["version"], "snapshot_id": published["snapshot_id"]}
+    run.counts |= {
+        "rows": published["rows"],
+        "rows_rejected": published["rejected"],
+        "rows_new": published["rows_new"],
+        "objects": published["sources"],
+        "objects_read": len(objects),
+        "objects_removed": len(seen["removed"]),
+    }
+    return published
+
+
+def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -> Json:
+    """Compute the signatures that the index lacks."""
+    call = {"config": config, "version": corpus["version"]}
+    with run.stage("index") as stage:
+        (plan,) = run_all(runner, plan_index, [call], store_uri=config.store)
+        if plan["missing"]:
+            (model,) = run_all(runner, open_model, [{"config": config}], store_uri=config.store)
+            run.record["model"] |= {name: model[name] for name in ("parameters", "dtype", "device")}
+        batches = split(plan["missing"], plan["missing_rows"], target=_SKETCH_ROWS)
+        calls = [
+            {"config": config, "index_id": plan["index_id"], "blocks": batch, "rows": plan["rows_missing"]}
+            for batch in batches
+        ]
+        run_all(runner, sketch, calls, store_uri=config.store)
+        counting = {"index_id": plan["index_id"], "blocks": plan["blocks"]}
+        (counted,) = run_all(runner, count_tokens, [counting], store_uri=config.store)
+        stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
+        stage.wrote(f"indexes/{plan['index_id']}/index.json", sha256=plan["index_id"], rows=corpus["rows"])
+        stage.cached = not plan["missing"]
+    run.record["index_id"] = plan["index_id"]
+    run.record["model"]["fingerprint"] = plan["model_fingerprint"]
+    run.counts |= {
+        "rows_sketched": plan["rows_missing"],
+        "rows_reused": corpus["rows"] - plan["rows_missing"],
+        "tokens": counted["tokens"],
+    }
+    return plan
+
+
+def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, indexed: Json) -> Json:
+    """Score every row on every target, rank, and decide."""
+    with run.stage("value") as stage:
+        calls = [{"config": config, "index_id": indexed["index_id"], "name": name} for name in config.targets]
+        signed = run_all(runner, sign_queries, calls, store_uri=config.store)
+        targets = {item["name"]: item["target_id"] for item in signed}
+        parts = _score(run, runner, config, indexed, targets)
+        for item in signed:
+            stage.read(item["outputs"][0], sha256=item["target_id"], rows=item["queries"])
+        stage.read(f"indexes/{indexed['index_id']}/index.json", sha256=indexed["index_id"], rows=corpus["rows"])
+        for part in parts:
+            stage.wrote(part["outputs"][0], rows=part["rows"])
+        stage.cached = all(part["cached"] for part in parts)
+    keys = [part["outputs"] for part in parts]
+    with run.stage("select") as stage:
+        call = {"config": config, "version": corpus["version"], "parts": keys, "run_id": run.run_id}
+        (selection,) = run_all(runner, select_rows, [call], store_uri=config.store)
+        for scores, _ in keys:
+            stage.read(scores)
+        stage.wrote(selection["outputs"][0], rows=selection["rows"])
+    run.record["selection"] = {
+        "keep": config.selection.keep.model_dump(exclude_none=True),
+        "reasons": selection["reasons"],
+    }
+    run.counts |= {"rows_kept": selection["kept"], "tokens_kept": selection["tokens_kept"]}
+    return {"targets": targets, "parts": keys, "blocks": indexed["blocks"]}
+
+
+def _score(run: Recorder, runner: Runner, config: CurationConfig, indexed: Json, targets: dict[str, str]) -> list[Json]:
+    calls = []
+    first = 0
+    for part, blocks in enumerate(split(indexed["blocks"], indexed["rows"], target=_VALUE_ROWS)):
+        calls.append(
+            {
+                "index_id": indexed["index_id"],
+                "targets": targets,
+                "aggregate": config.aggregate,
+                "first_block": first,
+                "blocks": blocks,
+                "run_id": run.run_id,
+                "part": part,
+                "rows": sum(indexed["rows"]),
+            }
+        )
+        first += len(blocks)
+    return run_all(runner, value_blocks, calls, store_uri=config.store)
+
+
+def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, indexed: Json) -> None:
+    """Publish the kept rows."""
+    lineage = {
+        "identity": [corpus["snapshot_id"], indexed["index_id"], config.weights, config.aggregate],
+        "corpus": run.record["corpus"],
+        "model": run.record["model"],
+        "index_id": indexed["index_id"],
+        "weights": config.weights,
+        "aggregate": config.aggregate,
+        "keep": config.selection.keep.model_dump(exclude_none=True),
+    }
+    call = {"config": config, "version": corpus["version"], "run_id": run.run_id, "lineage": lineage}
+    with run.stage("export") as stage:
+        (exported,) = run_all(
+            runner, export_kept, [{**call, "rows": run.counts["rows_kept"]}], store_uri=config.store
+        )
+        stage.read(f"runs/{run.run_id}/decisions.parquet", rows=run.counts["rows"])
+        stage.wrote(exported["outputs"][0], rows=exported["rows"])
+        stage.cached = exported["reused"]
+    run.record["export"] = exported["label"]
+
+
+def explain(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, valued: Json, *,
+            evaluation: bool) -> None:  # fmt: skip
+    """Evaluate where rows carry labels, and collect examples for the report."""
+    call = {"config": config, "version": corpus["version"], **valued}
+    figures = None
+    with run.stage("evaluate") as stage:
+        if evaluation:
+            (evaluated,) = run_all(runner, evaluate_targets, [call], store_uri=config.store)
+            figures = evaluated["evaluation"]
+        examples = {**call, "run_id": run.run_id, "evaluation": figures}
+        (collected,) = run_all(runner, collect_examples, [examples], store_uri=config.store)
+        for _, extremes in valued["parts"]:
+            stage.read(extremes)
+        stage.wrote(collected["outputs"][0])
+    run.record["evaluation"] = figures

@@ -1,0 +1,42 @@
+"""Tasks of attribution."""
+
+from __future__ import annotations
+
+from prefect.artifacts import create_table_artifact
+
+from rise_ops.attribution import attribute
+from rise_ops.config import CurationConfig
+from rise_ops.hashing import fingerprint
+from rise_ops.session import ad_hoc_queries
+from rise_ops.store import Store
+from tasks.policy import Json, stage
+from tasks.progress import stage_progress
+
+_SHOWN = 50
+
+
+@stage("attribute")
+def attribute_queries(store_uri: str, config: CurationConfig, queries: str | None, text: str | None,
+                      prompt: str | None, k: int) -> Json:  # fmt: skip
+    """Find the top and bottom rows of each query and store them under the hash of the answer."""
+    store = Store(store_uri)
+    rows = ad_hoc_queries(config, queries=queries, text=text, prompt=prompt)
+    found = attribute(store, config, rows, k=k, progress=stage_progress("attribute", None))
+    answer = [attribution.to_json(bottom=True) for attribution in found]
+    key = f"attributions/{fingerprint(answer)}.json"
+    store.create_json(key, {"format_version": 1, "k": k, "queries": answer})
+    return {"queries": len(answer), "outputs": [key]}
+
+
+@stage("show-attribution")
+def publish_hits(store_uri: str, key: str) -> Json:
+    """Show the best hits as a Prefect artifact."""
+    answer = Store(store_uri).get_json(key)["queries"]
+    table = [
+        {"query": item["query"][:200], "score": round(hit["score"], 4), "source": hit["source_uri"],
+         "row": hit["source_row"], "text": hit["text"][:200]}
+        for item in answer
+        for hit in item["hits"]
+    ]  # fmt: skip
+    create_table_artifact(table[:_SHOWN], key="attribution", description=f"{len(answer)} queries, {len(table)} hits")
+    return {"hits": len(table)}
