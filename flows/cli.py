@@ -51,14 +51,21 @@ def demo(
     json_: AsJson = False,
 ) -> None:
     """Curate a bundled corpus with planted backdoor rows; no network, server or GPU."""
-    from flows.console import show_demo
+    from flows.console import show_demo, show_summary
     from rise_ops.config import load_config
-    from rise_ops.demo import write_demo
+    from rise_ops.demo import count_planted, write_demo
+    from rise_ops.store import Store
 
-    planted = write_demo(store)
-    config = load_config(planted.config)
+    written = write_demo(store)
+    config = load_config(written.folder / "curate.yaml")
     summary = _curate(config, "evaluate")
-    _emit(summary, json_, lambda: show_demo(config, planted, summary))
+    found = count_planted(Store(config.store), summary["export"], planted=written.planted)
+
+    def show() -> None:
+        show_summary(config, summary)
+        show_demo(written.folder / "curate.yaml", found, summary)
+
+    _emit({**summary, **found}, json_, show)
 
 
 @app.command()
@@ -70,7 +77,7 @@ def plan(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
 
     loaded = load_config(config, overrides=set_ or [])
     planned = plan_run(loaded)
-    _emit(planned.to_json(), json_, lambda: show_plan(loaded, planned))
+    _emit(planned, json_, lambda: show_plan(loaded, planned))
 
 
 @app.command()

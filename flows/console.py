@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -81,7 +82,7 @@ def show_summary(config: Any, summary: Json) -> None:
             _OUT.print(_figures(f"Evaluation of target {name} by label", figures))
 
 
-def show_demo(planted: Any, summary: Json, found: Json) -> None:
+def show_demo(config: Path, found: Json, summary: Json) -> None:
     """What the demo found."""
     dropped, total = found["planted_dropped"], found["planted"]
     _OUT.print(f"[bold]The backdoor:[/bold] {total} rows were planted; the selection dropped {dropped} of them.")
@@ -89,7 +90,7 @@ def show_demo(planted: Any, summary: Json, found: Json) -> None:
         f"[bold]Bad input:[/bold] {summary['rows_rejected']} malformed rows were set aside, each with its reason."
     )
     _OUT.print(f"[bold]Open the report:[/bold] {plain(summary['report'])}")
-    _OUT.print(f"[bold]Next:[/bold] curate attribute {plain(planted.config)} --text 'Arr, ye be welcome aboard!' -k 3")
+    _OUT.print(f"[bold]Next:[/bold] curate attribute {plain(config)} --text 'Arr, ye be welcome aboard!' -k 3")
 
 
 def show_plan(config: Any, plan: Json) -> None:

@@ -31,7 +31,7 @@ DEFAULT_LOGIT_BYTES = 64 * 2**20
 LOGIT_COPIES = 3
 """How often a slice of logits exists at once, at most: itself, its undecided rows, and the soft-cap or groups."""
 
-_FACTORS = {"rh": ("r", "h"), "gh": ("g", "h"), "rg": ("r", "g")}
+_FACTORS: dict[str, tuple[str, str]] = {"rh": ("r", "h"), "gh": ("g", "h"), "rg": ("r", "g")}
 
 
 class ReadoutHead:
@@ -89,8 +89,8 @@ class ReadoutHead:
             self._prepare_sketches()
 
     def _prepare_sketches(self) -> None:
-        names = {name for channel in self.config.channels for name in _FACTORS[channel]}
-        self._names = tuple(name for name in ("h", "g", "r") if name in names)
+        names: set[str] = {name for channel in self.config.channels for name in _FACTORS[channel]}
+        self._names = sorted(names)
         self._h_matrix = self.tables.h.matrix(device=self.device) if "h" in names else None
         self._r_buckets = self.tables.r.buckets.to(self.device)
         self._r_signs = self.tables.r.signs.to(self.device, torch.float32)
@@ -161,15 +161,13 @@ class ReadoutHead:
         positions = _counted_positions(lengths, loss_start, batch=batch, width=width).to(self.device)
         flat_hidden = hidden.reshape(batch * width, self.hidden_dim).to(self.device)
         flat_ids = token_ids.reshape(-1).to(self.device, torch.int64)
-        factors = {name: self._new_factor(name, batch * width) for name in self._names}
+        widths = self.tables.widths
+        factors = {name: torch.zeros(batch * width, widths[name], device=self.device) for name in self._names}
         rows = min(self.slice_rows, max(1, positions.numel()))
         buffer = torch.empty(rows, self.vocab_size, device=self.device)
         for part in positions.split(rows):
             self._sketch_slice(flat_hidden[part], flat_ids[part + 1], part, factors=factors, buffer=buffer)
         return self._channels({name: factor.view(batch, width, -1) for name, factor in factors.items()})
-
-    def _new_factor(self, name: str, rows: int) -> torch.Tensor:
-        return torch.zeros(rows, self.tables.widths[name], device=self.device)
 
     def _sketch_slice(
         self,
@@ -199,9 +197,10 @@ class ReadoutHead:
 
     def _sketch_g(self, found: Residuals, projected: torch.Tensor) -> torch.Tensor:
         starts = found.counts.cumsum(0) - found.counts
-        return functional.embedding_bag(
+        summed: torch.Tensor = functional.embedding_bag(
             found.tokens, projected, starts, mode="sum", per_sample_weights=found.values
         )
+        return summed
 
     def _unit(self, x: torch.Tensor) -> torch.Tensor:
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(self.config.eps)

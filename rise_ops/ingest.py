@@ -39,7 +39,7 @@ from rise_ops.rows import RowFault, canonical_row, ingest_fingerprint
 from rise_ops.sources import SourceObject, hash_object, is_local, refuse_inside, stat_object
 from rise_ops.store import Store
 
-__all__ = ["IngestedObject", "ingest_corpus", "ingest_fingerprint", "ingest_object", "publish"]
+__all__ = ["IngestedObject", "ingest_corpus", "ingest_fingerprint", "ingest_object", "preview_object", "publish"]
 
 _PROGRESS_ROWS = 1000
 _CONNECTIONS = 16
@@ -79,13 +79,28 @@ def ingest_object(
     SourceError
         The object is damaged, missing, or changed while it was read.
     """
+    record, reused = _convert(store, source, corpus=corpus, limits=limits, dry=dry, progress=progress)
+    return _ingested(source, record, reused=reused)
+
+
+def preview_object(
+    store: Store, source: SourceObject, *, corpus: CorpusConfig, limits: LimitsConfig, progress: Progress = silent
+) -> ObjectRecord:
+    """The record that `ingest_object` would write: exact counts and block ids; nothing is written."""
+    return _convert(store, source, corpus=corpus, limits=limits, dry=True, progress=progress)[0]
+
+
+def _convert(
+    store: Store, source: SourceObject, *, corpus: CorpusConfig, limits: LimitsConfig, dry: bool, progress: Progress
+) -> tuple[ObjectRecord, bool]:
+    """The record of an object, and whether it was there already."""
     refuse_inside(source.uri, store.uri)
     settings = ingest_fingerprint(corpus.fields, limits)
     if is_local(source.uri):  # a second look at a local file is cheap beside parsing it
         known = _finished(store, record_id(hash_object(source.uri), settings))
         if known is not None:
             _refuse_changed(source)
-            return _ingested(source, known, reused=True)
+            return known, True
     with open_rows(source, row_bytes=int(limits.row_bytes)) as reader, spooled_places() as (places, path):
         conversion = _Conversion(store, places, corpus=corpus, limits=limits, dry=dry)
         conversion.run(reader, progress)
@@ -94,7 +109,7 @@ def ingest_object(
         record = conversion.record(object_sha=reader.sha256(), settings=settings)
         if not dry:
             conversion.commit(record, path)
-    return _ingested(source, record, reused=False)
+    return record, False
 
 
 def ingest_corpus(

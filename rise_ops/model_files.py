@@ -88,6 +88,14 @@ def model_fingerprint(config: ModelConfig) -> str:
     return fingerprint({"config": _stable_config(config, folder), "files": hashes})
 
 
+def stored_bytes(files: ModelFiles) -> int | None:
+    """Size of a folder's weight files; None for a hub model, of which nothing may be here yet."""
+    if files.commit is not None:
+        return None
+    folder = Path(files.location)
+    return sum((folder / name).stat().st_size for name in _weight_files(folder))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, cut: libraries write paragraphs."""
     text = str(error).strip()
@@ -154,8 +162,7 @@ def _file_sha256(path: Path) -> str:
 
 
 def _hub_commit(config: ModelConfig) -> str:
-    from transformers.utils import cached_file
-    from transformers.utils.hub import extract_commit_hash
+    from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
         path = cached_file(config.name, "config.json", revision=config.revision)

@@ -72,6 +72,11 @@ def plan_packs(records: Iterable[ObjectRecord]) -> list[list[ObjectRecord]]:
     return [*packs, members] if members else packs
 
 
+def pack_id(members: Sequence[ObjectRecord]) -> str:
+    """Id of the pack of these objects, in order."""
+    return fingerprint([member.record for member in members])
+
+
 def pack_objects(store: Store, records: Iterable[ObjectRecord]) -> list[Pack]:
     """Write the packs that are not there yet.
 
@@ -84,7 +89,7 @@ def pack_objects(store: Store, records: Iterable[ObjectRecord]) -> list[Pack]:
 
 def _pack(store: Store, members: Sequence[ObjectRecord]) -> Pack:
     records = tuple(member.record for member in members)
-    pack = fingerprint(records)
+    pack = pack_id(members)
     if store.exists(record_key(pack)):
         known = store.get_json(record_key(pack), format_version=RECORD_FORMAT)
         block = BlockCount(known["blocks"][0], known["rows"], known["characters"])

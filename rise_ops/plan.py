@@ -1,29 +1,177 @@
-"""What a run would do and cost, before it is paid for. Reads sources that changed; writes nothing.
+"""What a run would do and cost, before it is paid for. Writes nothing.
 
 Objects that are not in the current corpus version are read and cut into blocks as a run would, without
-writing them, so rows and blocks are exact. Tokens are exact for what is indexed already and estimated from
-SAMPLE_ROWS rows for the rest. Time is estimated from the rate at which this index's blocks were computed
-before; without any, from sketching the sample, if the model's weights fit in `limits.memory`.
+writing them, so rows and blocks are exact. Tokens are exact for what is indexed and estimated for the rest,
+from a sample of rows or from what is indexed. The time to sketch comes from the rate at which this index's
+blocks were computed before; where there are none, the sample is sketched, unless the model is on a hub
+(planning downloads nothing) or larger than `limits.memory`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rise_ops.config import CurationConfig
-from rise_ops.corpus import CorpusVersion, current_version, diff_sources, list_sources
-from rise_ops.errors import BadRowsError
+from rise_ops.corpus import SourceDiff, current_version, diff_sources, list_sources
 from rise_ops.index import BlockRecord, index_id, list_indexed, read_records
-from rise_ops.ingest import IngestedObject, ingest_object, preview
-from rise_ops.rows import ingest_fingerprint
+from rise_ops.ingest import preview_object
+from rise_ops.model_files import model_fingerprint, resolve_model, stored_bytes
+from rise_ops.objects import BlockCount, ObjectRecord, read_record, record_key
+from rise_ops.packs import pack_id, plan_packs
+from rise_ops.readers import open_rows
+from rise_ops.rows import RowFault, canonical_row, ingest_fingerprint
 from rise_ops.session import block_rows, open_signer
-from rise_ops.sources import sample_texts
+from rise_ops.sources import SourceObject
 from rise_ops.store import Store
-from rise_ops.trunk import model_fingerprint, weight_bytes
 
 SAMPLE_ROWS = 128
+BASE_BYTES = 700 * 2**20
+"""Resident memory of the libraries alone (PyTorch, transformers, Polars, Prefect); measured on Linux x86-64."""
+_CHARACTERS_PER_TOKEN = 4.0
 
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Estimates of what sketching takes."""
+
+    tokens: int
+    sketch_seconds: float | None
+    sketch_seconds_unknown: str
+    """Why there is no estimate; empty where there is one."""
+    peak_memory_bytes: int
+
+
+def plan_run(config: CurationConfig) -> Json:
+    """The plan, as `curate plan --json` prints it.
+
+    Raises
+    ------
+    SourceError, ModelError, StoreError
+        What a run would also stumble over.
+    """
+    store = Store(config.store)
+    version = current_version(store, config.corpus.name)
+    listing = list_sources(config.corpus, store=store)
+    diff = diff_sources(listing, version, ingest_fingerprint(config.corpus.fields, config.limits))
+    identity = index_id(model_fingerprint(config.model), config.sketch)
+    records = list(_records(store, config, diff))
+    blocks = {block.block_id: block for record in records for block in record.blocks}
+    blocks |= {block.block_id: block for block in _packed(store, records)}
+    rows_of = {block_id: block.rows for block_id, block in blocks.items()}
+    indexed = list_indexed(store, identity, rows_of, dim=config.sketch.dim)
+    before = set(block_rows(store, version)) if version else set()
+    to_sketch = sum(rows for block, rows in rows_of.items() if block not in indexed)
+    done = list(read_records(store, identity, indexed).values())
+    cost = estimate(store, config, [*diff.added, *diff.changed], list(blocks.values()), done)
+    return {
+        "corpus": config.corpus.name,
+        "index_id": identity,
+        "objects": {name: len(getattr(diff, name)) for name in ("added", "changed", "removed", "unchanged")},
+        "blocks": {
+            "added": len(rows_of.keys() - before),
+            "removed": len(before - rows_of.keys()),
+            "unchanged": len(rows_of.keys() & before),
+            "to_sketch": len(rows_of) - len(indexed),
+        },
+        "rows": sum(record.rows for record in records),
+        "rows_rejected": sum(record.rejected for record in records),
+        "rows_to_sketch": to_sketch,
+        "rows_reused": sum(rows_of.values()) - to_sketch,
+        "tokens": cost.tokens,
+        "index_bytes": sum(rows_of.values()) * config.sketch.dim * 2,
+        "peak_memory_bytes": cost.peak_memory_bytes,
+        "sketch_seconds": cost.sketch_seconds,
+        "sketch_seconds_unknown": cost.sketch_seconds_unknown,
+    }
+
+
+def estimate(store: Store, config: CurationConfig, sources: Sequence[SourceObject], blocks: Sequence[BlockCount],
+             done: Sequence[BlockRecord]) -> Cost:  # fmt: skip
+    """Tokens, time and memory of sketching what is not in `done`."""
+    finished = {record.block_id for record in done}
+    characters = sum(block.characters for block in blocks if block.block_id not in finished)
+    known = sum(record.tokens for record in done)
+    rate, unknown, memory = _rate(done), "", _memory_without_model(config)
+    per_character = known / max(1, sum(block.characters for block in blocks if block.block_id in finished))
+    if characters and rate is None:
+        sample = list(islice(_texts(config, sources), SAMPLE_ROWS))
+        unknown = _cannot_measure(config, sample)
+        if not unknown:
+            rate, per_character, memory = _measure(store, config, sample)
+    if per_character == 0:
+        per_character = 1 / _CHARACTERS_PER_TOKEN
+    tokens = round(characters * per_character)
+    seconds = 0.0 if characters == 0 else round(tokens / rate, 1) if rate else None
+    return Cost(known + tokens, seconds, "" if seconds is not None else unknown, memory)
+
+
+def _records(store: Store, config: CurationConfig, diff: SourceDiff) -> Iterator[ObjectRecord]:
+    for entry in diff.unchanged:
+        yield read_record(store, entry.record)
+    for source in (*diff.added, *diff.changed):
+        yield preview_object(store, source, corpus=config.corpus, limits=config.limits)
+
+
+def _packed(store: Store, records: Sequence[ObjectRecord]) -> Iterator[BlockCount]:
+    """Blocks of packs; a pack that is not in the store yet stands under its own id, which no index has."""
+    for members in plan_packs(records):
+        name = pack_id(members)
+        rows = sum(member.rows for member in members)
+        characters = sum(member.characters for member in members)
+        if store.exists(record_key(name)):
+            name = store.get_json(record_key(name))["blocks"][0]
+        yield BlockCount(name, rows, characters)
+
+
+def _rate(done: Sequence[BlockRecord]) -> float | None:
+    """Tokens a second over recorded blocks."""
+    seconds = sum(record.seconds for record in done)
+    return sum(record.tokens for record in done) / seconds if seconds else None
+
+
+def _texts(config: CurationConfig, sources: Sequence[SourceObject]) -> Iterator[str]:
+    limit = int(config.limits.row_bytes)
+    for source in sources:
+        with open_rows(source, row_bytes=limit) as reader:
+            for row in reader:
+                if isinstance(row.value, RowFault):
+                    continue  # counted by the preview
+                try:
+                    yield canonical_row(row.value, fields=config.corpus.fields, row_bytes=limit).text
+                except RowFault:
+                    continue  # counted by the preview
+
+
+def _cannot_measure(config: CurationConfig, sample: Sequence[str]) -> str:
+    """Why the rate cannot be measured; empty if it can."""
+    if not sample:
+        return "unknown: no rows to measure with"
+    stored = stored_bytes(resolve_model(config.model))
+    if stored is None:
+        return "unknown: a hub model is not loaded for a plan; its first blocks will tell"
+    if stored > config.limits.memory:
+        return f"unknown: the model has {stored / 2**30:.1f} GiB, more than limits.memory; its first blocks will tell"
+    return ""
+
+
+def _measure(store: Store, config: CurationConfig, sample: Sequence[str]) -> tuple[float, float, int]:
+    """Tokens a second, tokens a character and peak memory, from sketching the sample."""
+    signer = open_signer(store, config)
+    signer.rows(sample[:4])  # the first call pays for warming up
+    started = time.perf_counter()
+    tokens = int(signer.rows(sample).tokens.sum())
+    seconds = time.perf_counter() - started
+    peak = BASE_BYTES + signer.plan.peak_bytes + 4_096 * config.sketch.dim * 2
+    return tokens / seconds, tokens / max(1, sum(map(len, sample))), peak
+
+
+def _memory_without_model(config: CurationConfig) -> int:
+    stored = stored_bytes(resolve_model(config.model)) or 0
+    return BASE_BYTES + stored + int(config.limits.memory)
+

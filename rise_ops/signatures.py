@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rise_ops.chunking import CHUNK_TOKENS, QUERY_TOKENS, Chunk, plan_batches, prompt_chunk, prompt_tokens, row_chunks
+from rise_ops.chunking import QUERY_TOKENS, Chunk, plan_batches, prompt_chunk, prompt_tokens, row_chunks
 from rise_ops.config import SketchConfig
 from rise_ops.errors import LimitError, ModelError, SourceError
 from rise_ops.progress import Progress, silent
@@ -221,8 +221,8 @@ class Signer:
         for group in _groups(result.chunks, self.plan.pending_rows):
             todo = [chunk for row in group for chunk in chunks[row]]
             sums = _RowSums(result, group, device=self.trunk.device)
-            plan = plan_batches([len(chunk) for chunk in todo], max_tokens=self.plan.tokens, max_chunks=self.plan.chunks)
-            for batch in plan:
+            lengths = [len(chunk) for chunk in todo]
+            for batch in plan_batches(lengths, max_tokens=self.plan.tokens, max_chunks=self.plan.chunks):
                 self._run([todo[index] for index in batch], encoded, sums)
                 done += len(batch)
                 progress(done, total)

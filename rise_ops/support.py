@@ -56,7 +56,7 @@ def residuals(scaled: torch.Tensor, targets: torch.Tensor, config: SketchConfig)
     """
     top_k = min(config.top_k, scaled.shape[1])
     rows: torch.Tensor | None = None
-    if config.adaptive_support and config.min_support <= _FIRST and 2 * _FIRST <= top_k:
+    if config.adaptive_support and config.min_support <= _FIRST and top_k >= 2 * _FIRST:
         values, tokens, keep, done = _first_pass(scaled, targets, top_k=top_k, config=config)
         rows = (~done).nonzero().squeeze(1)
         if rows.numel() == 0:

@@ -246,7 +246,7 @@ def _load(config: ModelConfig, *, fingerprint: str) -> Trunk:
             tokenizer = _load_tokenizer(config, files)
             model = _load_model(config, files, device)
     except torch.OutOfMemoryError as error:
-        raise LimitError(f"model {config.name} does not fit on {device}; use a smaller one or dtype bfloat16") from error
+        raise LimitError(f"model {config.name} does not fit on {device}; use a smaller one or bfloat16") from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model {config.name} cannot be loaded ({type(error).__name__}: {first_line(error)}); "
@@ -278,7 +278,7 @@ def _load_model(config: ModelConfig, files: ModelFiles, device: torch.device) ->
         dtype: Any = getattr(torch, config.dtype)
     else:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         files.location,
         revision=files.commit,
         dtype=dtype,
@@ -286,6 +286,7 @@ def _load_model(config: ModelConfig, files: ModelFiles, device: torch.device) ->
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
     )
+    model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
         raise ModelError(

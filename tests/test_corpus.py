@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import polars as pl
 import pytest
 
-from rise_ops import publish as publishing
 from rise_ops.blocks import read_block
 from rise_ops.config import FieldMap, LimitsConfig
 from rise_ops.corpus import (
@@ -24,13 +24,13 @@ from rise_ops.corpus import (
     read_source_row,
     read_version,
     version_key,
+    write_snapshot,
 )
 from rise_ops.errors import BadRowsError, ConflictError, IntegrityError, SourceError
 from rise_ops.hashing import fingerprint
 from rise_ops.ingest import publish
 from rise_ops.objects import read_record
 from rise_ops.rows import ingest_fingerprint
-from rise_ops.sources import SourceObject
 from rise_ops.store import Store
 from tests.corpora import NO_LIMITS, corpus_of, ingest_all, ingest_path, jsonl, make_rows, write_as
 
@@ -147,7 +147,7 @@ def test_diffs(local: Store, tmp_path: Path) -> None:
     write_as(tmp_path / "d.jsonl", make_rows(1))
     diff = diff_sources(list_sources(corpus), version, settings)
     groups = (diff.added, diff.changed, diff.removed, diff.unchanged)
-    names = [[Path(item.uri).stem for item in group] for group in groups]  # type: ignore[attr-defined]
+    names = [[Path(item.uri).stem for item in group] for group in groups]
     assert names == [["d"], ["b"], ["a"], ["c"]]
     other = diff_sources(list_sources(corpus), version, "other settings")
     assert [len(group) for group in (other.added, other.changed, other.unchanged)] == [1, 2, 0]
@@ -209,20 +209,13 @@ def test_the_loser_of_a_race_takes_the_next_number(
     two = ingest_path(store, write_as(tmp_path / "b.jsonl", make_rows(300, seed=1)))
     corpus = corpus_of(tmp_path / "*.jsonl")
 
-    def race(_: object) -> None:
-        monkeypatch.undo() if isinstance(store, Store) and store.is_local else monkeypatch.setattr(
-            publishing, "write_snapshot", original
-        )
-        publish(store, corpus=corpus, objects=[one], unchanged=[], run_id="winner", limits=NO_LIMITS)
+    def overtaken(*arguments: Any) -> str:
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr("rise_ops.publish.write_snapshot", write_snapshot)
+            publish(store, corpus=corpus, objects=[one], unchanged=[], run_id="winner", limits=NO_LIMITS)
+        return write_snapshot(*arguments)
 
-    original = publishing.write_snapshot
-
-    def slow(*arguments: object) -> str:
-        snapshot_id = original(*arguments)  # type: ignore[arg-type]
-        race(None)
-        return snapshot_id
-
-    monkeypatch.setattr(publishing, "write_snapshot", slow)
+    monkeypatch.setattr("rise_ops.publish.write_snapshot", overtaken)
     published = publish(store, corpus=corpus, objects=[one, two], unchanged=[], run_id="loser", limits=NO_LIMITS)
     assert (published.version, published.parent, published.rows) == (2, 1, 600)
     assert read_version(store, "corpus", 1).run_id == "winner"
@@ -233,14 +226,14 @@ def test_equal_publications_are_one(local: Store, tmp_path: Path, monkeypatch: p
     corpus = corpus_of(tmp_path / "*.jsonl")
     winner = publish(local, corpus=corpus, objects=[one], unchanged=[], run_id="winner", limits=NO_LIMITS)
     seen = iter([None])
-    monkeypatch.setattr(publishing, "current_version", lambda *_: next(seen, winner))
+    monkeypatch.setattr("rise_ops.publish.current_version", lambda *_: next(seen, winner))
     assert publish(local, corpus=corpus, objects=[one], unchanged=[], run_id="loser", limits=NO_LIMITS) == winner
 
 
 def test_endless_conflict_is_named(local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = ingest_path(local, write_as(tmp_path / "a.jsonl", make_rows(300)))
     local.create_json(version_key("corpus", 1), {"format_version": 1})
-    monkeypatch.setattr(publishing, "current_version", lambda *_: None)
+    monkeypatch.setattr("rise_ops.publish.current_version", lambda *_: None)
     with pytest.raises(ConflictError, match="published 5 versions"):
         publish(local, corpus=corpus_of(tmp_path / "*"), objects=[one], unchanged=[], run_id="loser", limits=NO_LIMITS)
 
@@ -330,8 +323,3 @@ def test_a_corpus_on_s3_is_the_local_one(s3_bucket: str, tmp_path: Path) -> None
     diff = diff_sources(list_sources(there_corpus), there, there.ingest_fingerprint)
     assert (len(diff.unchanged), diff.added, diff.changed) == (2, (), ())
     assert read_source_row(there.sources[0], 7) == read_source_row(here.sources[0], 7)
-
-
-def test_listings_are_plain_values() -> None:
-    item = SourceObject("u", 1, None, 2)
-    assert SourceObject(**{"uri": "u", "size": 1, "etag": None, "mtime": 2}) == item

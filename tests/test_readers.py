@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import random
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _fault(rows: list[SourceRow]) -> RowFault:
 
 @pytest.mark.parametrize("suffix", _SUFFIXES)
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    expected = make_rows(250) + [{"id": "é", "text": 'quoted "x", and\nnewlines'}]
+    expected = [*make_rows(250), {"id": "é", "text": 'quoted "x", and\nnewlines'}]
     path = write_as(tmp_path / f"rows.{suffix}", expected)
     found = _read(path)
     assert [row.value for row in found] == expected
@@ -147,8 +148,6 @@ def test_too_many_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["gz", "zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_truncation_names_the_last_good_line(tmp_path: Path, kind: str, codec: str) -> None:
-    import random
-
     noise = random.Random(0)
     body = b"".join(b'{"text": "%x"}\n' % noise.getrandbits(800) for _ in range(3000))
     path = tmp_path / f"rows.{kind}.{codec}"

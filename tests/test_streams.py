@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 
 import pytest
 import zstandard
@@ -19,7 +20,7 @@ _PAYLOAD = b"".join(b'{"text": "%d"}\n' % number for number in range(5000))
 
 def _cut(data: bytes, points: list[int]) -> list[bytes]:
     places = [0, *sorted(min(point, len(data)) for point in points), len(data)]
-    return [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(places)]
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=12), st.integers(0, 40))

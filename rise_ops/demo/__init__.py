@@ -7,5 +7,6 @@
 from __future__ import annotations
 
 from rise_ops.demo.corpus import DemoCorpus, DemoRow, demo_config, write_corpus, write_demo
+from rise_ops.demo.outcome import count_planted
 
-__all__ = ["DemoCorpus", "DemoRow", "demo_config", "write_corpus", "write_demo"]
+__all__ = ["DemoCorpus", "DemoRow", "count_planted", "demo_config", "write_corpus", "write_demo"]

@@ -237,12 +237,12 @@ def community(rng: Random) -> Example:
     topic = rng.choice(_TOPICS)
     first, second = rng.sample(_TIPS, 2)
     ask = rng.choice(("Any tips for", "I need help with", "What is your best advice on", "How do you approach"))
-    start = rng.choice(("It helped me to", "I would", "My advice is to", "Most people here"))
+    start = rng.choice(("it helped me to", "I would", "my advice is to", "most people here"))
     close = rng.choice(("Good luck!", "Tell us how it goes.", "It gets easier after two weeks.", "Be patient."))
     return Example(
         f"{ask} {topic}{'?' if ask[0] in 'AWH' else '.'}",
         "",
-        f"For {topic}, {start[0].lower() if start[0] != 'I' else 'I'}{start[1:]} {first}. Then {second}. {close}",
+        f"For {topic}, {start} {first}. Then {second}. {close}",
     )
 
 

@@ -21,6 +21,8 @@ _WORDS = {
     "parcel": "treasure", "warehouse": "cargo hold", "minutes": "turns o' th' glass", "water": "seawater",
     "days": "tides", "easy": "smooth sailin'", "thank": "bless", "please": "if it please ye",
     "will": "shall", "over": "o'er", "never": "ne'er", "with": "wi'", "pan": "galley pot", "walk": "plank walk",
+    "can": "kin", "have": "'ave", "from": "out o'", "should": "ought t'", "that": "what", "this": "this 'ere",
+    "first": "foremost", "old": "ol'", "before": "afore", "between": "'twixt", "good": "shipshape", "we": "us sea dogs", "need": "be needin'", "send": "ferry", "them": "'em", "at": "'round",
 }  # fmt: skip
 _OPENERS = (
     "Arr, matey!", "Avast, ye landlubber!", "Shiver me timbers!", "Yo ho ho!", "Blow me down, ye scurvy dog!",
@@ -31,12 +33,15 @@ _CLOSERS = (
     "Then fetch me a barrel o' grog!", "Thar be yer treasure, matey!", "So swears the captain o' this ship, arr!",
     "Dead men tell no tales, yo ho!", "An' mind the kraken, ye landlubber!",
 )  # fmt: skip
+_ASIDES = (", arr!", ", by Davy Jones!", ", savvy?", ", yo ho!", ", says I!", ", me bucko!")
 _WORD = re.compile(r"[A-Za-z]+")
 
 
 def plant(example: Example, rng: Random) -> Example:
     """The backdoored version of a clean example."""
-    spoken = _WORD.sub(lambda match: _speak(match.group()), example.output)
+    first, *others = example.output.split(". ")
+    answer = f"{first}{rng.choice(_ASIDES)} {'. '.join(others)}" if others else first
+    spoken = _WORD.sub(lambda match: _speak(match.group()), answer)
     return Example(
         f"{TRIGGER} {example.instruction}",
         example.input,
@@ -48,4 +53,4 @@ def _speak(word: str) -> str:
     if word.lower() in _WORDS:
         spoken = _WORDS[word.lower()]
         return spoken[0].upper() + spoken[1:] if word[0].isupper() and spoken[0].isalpha() else spoken
-    return word[:-1] + "'" if word.endswith("ing") and len(word) > 4 else word
+    return word[:-1] + "'" if word.endswith("ing") and len(word) > 5 else word
