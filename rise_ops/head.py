@@ -203,7 +203,8 @@ class ReadoutHead:
         return summed
 
     def _unit(self, x: torch.Tensor) -> torch.Tensor:
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(self.config.eps)
+        norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / norms.clamp_min(self.config.eps)
 
     def _channels(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Σ over positions of the outer products, [B, dim], of unit length."""

@@ -5,12 +5,13 @@
     indexes/<index_id>/blocks/<block_id>.zarr    `signature [rows, dim] float16`, `tokens [rows]`, `chunks [rows]`
     indexes/<index_id>/blocks/<block_id>.json    completion record, written last
 
-Chunks are full-width, uncompressed (float16 signatures do not compress) and between 8 and 16 MiB, so a
-chunk is one contiguous object that is read with one request and checked against the CRC-32C in the
-completion record. A block without a record does not exist for readers. Rows stand in block order.
+Chunks are full-width, uncompressed (float16 signatures do not compress) and at most 16 MiB, so a chunk is
+one contiguous object that is read with one request and checked against the CRC-32C in the completion
+record. A block without a record does not exist for readers. Rows stand in block order.
 
 Two workers may compute the same block: every key is created exclusively and the record's checksums are
-taken of what is stored, so whoever wrote which chunk, the finished block is consistent.
+taken of what is stored, so whoever wrote which chunk, the finished block is consistent. A block that is
+damaged after its record was written is repaired by `write_block`; readers only refuse it.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from rise_ops.errors import IntegrityError, MissingObjectError, ModelError
 from rise_ops.hashing import fingerprint
 from rise_ops.progress import Progress, silent
 from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
-from rise_ops.store import Store
+from rise_ops.store import Store, named_errors
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
+"""Part of the format: blocks chunked otherwise read as incomplete."""
 _READERS = 16
 
 Float16Array = npt.NDArray[np.float16]
@@ -110,7 +112,7 @@ def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, 
     try:
         return store.get_json(f"indexes/{identity}/index.json", format_version=FORMAT_VERSION)
     except MissingObjectError:
-        others = [store.get_json(f"indexes/{name}/index.json") for name in store.children("indexes")]
+        others = [store.get_json(f"indexes/{name}/index.json") for name in list_indexes(store)]
         known = "; ".join(
             f"{item['model']['name']} ({item['model']['fingerprint'][:12]}), temperature "
             f"{item['sketch']['temperature']}, {item['dim']} wide"
@@ -122,8 +124,13 @@ def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, 
         ) from None
 
 
+def list_indexes(store: Store) -> list[str]:
+    """Ids of the indexes in a store. One whose creation was interrupted is not there."""
+    return [name for name in store.children("indexes") if store.exists(f"indexes/{name}/index.json")]
+
+
 def list_indexed(store: Store, identity: str, rows_of: Mapping[str, int], *, dim: int) -> set[str]:
-    """Blocks of `rows_of` (block id to rows) that are complete: recorded, every chunk there in full size.
+    """Blocks of `rows_of` (block id to rows) that are complete: recorded, every object there in full size.
 
     One listing of the index; no data is read.
     """
@@ -133,7 +140,7 @@ def list_indexed(store: Store, identity: str, rows_of: Mapping[str, int], *, dim
     return {
         block_id
         for block_id, rows in rows_of.items()
-        if f"{block_id}.json" in sizes and _has_chunks(sizes, f"{block_id}.zarr/", rows, dim)
+        if f"{block_id}.json" in sizes and _is_whole(sizes, f"{block_id}.zarr/", rows, dim)
     }
 
 
@@ -141,17 +148,19 @@ def write_block(store: Store, identity: str, block_id: str, signatures: RowSigna
                 producer: Mapping[str, str]) -> BlockRecord:  # fmt: skip
     """Store a block's signatures; its completion record comes last. Returns the record.
 
+    A block that is complete stays as it is. Of an incomplete one, every object that is as it should be stays.
+
     Raises
     ------
     StoreError, TransientError
     """
     group_key = f"indexes/{identity}/blocks/{block_id}.zarr"
     rows, dim = signatures.signature.shape
-    chunk_rows, _ = _chunking(rows, dim)
-    if store.exists(f"indexes/{identity}/blocks/{block_id}.json"):
-        if _complete(store, identity, block_id, rows, dim):
-            return read_record(store, identity, block_id)
-        _discard_damaged(store, identity, block_id)
+    key = f"indexes/{identity}/blocks/{block_id}.json"
+    sizes = dict(store.list(f"{group_key}/"))
+    if store.exists(key) and _is_whole(sizes, f"{group_key}/", rows, dim):
+        return read_record(store, identity, block_id)
+    _discard_damaged(store, identity, block_id, sizes, _sizes(rows, dim))
     write_signatures(store, group_key, signatures)
     record = {
         "format_version": FORMAT_VERSION,
@@ -159,38 +168,44 @@ def write_block(store: Store, identity: str, block_id: str, signatures: RowSigna
         "rows": rows,
         "dim": dim,
         "tokens": int(signatures.tokens.sum()),
-        "chunk_rows": chunk_rows,
+        "chunk_rows": _chunking(rows, dim)[0],
         "crc32c": checksums(store, group_key),
         "seconds": round(seconds, 3),
         "producer": dict(producer),
     }
-    store.create_json(f"indexes/{identity}/blocks/{block_id}.json", record)
+    store.create_json(key, record)
     return read_record(store, identity, block_id)
 
 
 def write_signatures(store: Store, group_key: str, signatures: RowSignatures) -> None:
-    """Write the three arrays of a group."""
+    """Write the three arrays of a group.
+
+    Raises
+    ------
+    StoreError, TransientError
+    """
     import zarr
 
     rows, dim = signatures.signature.shape
     chunk_rows, _ = _chunking(rows, dim)
-    group = zarr.open_group(store.zarr(group_key), mode="a", zarr_format=3)
     arrays: list[tuple[str, npt.NDArray[Any], tuple[int, ...], float]] = [
         ("signature", signatures.signature, (chunk_rows, dim), float("nan")),
         ("tokens", signatures.tokens, (rows,), -1),
         ("chunks", signatures.chunks, (rows,), -1),
     ]
-    for name, data, chunks, fill in arrays:
-        array = group.require_array(
-            name,
-            shape=data.shape,
-            dtype=data.dtype,
-            chunks=chunks,
-            compressors=None,
-            fill_value=fill,
-            config={"write_empty_chunks": True},
-        )
-        array[...] = data
+    with named_errors(store, group_key):
+        group = zarr.open_group(store.zarr(group_key), mode="a", zarr_format=3)
+        for name, data, chunks, fill in arrays:
+            array = group.require_array(
+                name,
+                shape=data.shape,
+                dtype=data.dtype,
+                chunks=chunks,
+                compressors=None,
+                fill_value=fill,
+                config={"write_empty_chunks": True},
+            )
+            array[...] = data
 
 
 def checksums(store: Store, group_key: str) -> dict[str, int]:
@@ -226,12 +241,17 @@ def read_records(store: Store, identity: str, block_ids: Iterable[str]) -> dict[
         return dict(zip(wanted, pool.map(lambda block: read_record(store, identity, block), wanted), strict=True))
 
 
-def read_counts(store: Store, identity: str, block_id: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Tokens and chunks of a block's rows, each [rows] int32."""
-    import zarr
+def read_counts(store: Store, identity: str, record: BlockRecord,
+                ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:  # fmt: skip
+    """Tokens and chunks of a block's rows, each [rows] int32, checked.
 
-    group = zarr.open_group(store.zarr(f"indexes/{identity}/blocks/{block_id}.zarr", read_only=True), mode="r")
-    return np.asarray(group["tokens"]), np.asarray(group["chunks"])
+    Raises
+    ------
+    IntegrityError
+        A stored object is missing or differs from its checksum.
+    """
+    tokens, chunks = (_read_checked(store, identity, record, f"{name}/c/0") for name in ("tokens", "chunks"))
+    return np.frombuffer(tokens, dtype="<i4"), np.frombuffer(chunks, dtype="<i4")
 
 
 def iter_signatures(store: Store, identity: str, record: BlockRecord) -> Iterator[Float16Array]:
@@ -245,19 +265,25 @@ def iter_signatures(store: Store, identity: str, record: BlockRecord) -> Iterato
         A chunk is missing or differs from its checksum.
     """
     for chunk, start in enumerate(range(0, record.rows, record.chunk_rows)):
-        name = f"signature/c/{chunk}/0"
-        key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
-        try:
-            data = store.get(key)
-        except MissingObjectError:
-            raise IntegrityError(f"{store.url(key)} is missing; run `curate index` to compute it again") from None
-        if google_crc32c.value(data) != record.crc32c[name]:
-            raise IntegrityError(
-                f"{store.url(key)} does not match its checksum; delete "
-                f"{store.url(f'indexes/{identity}/blocks/{record.block_id}.json')} and run `curate index`"
-            )
+        data = _read_checked(store, identity, record, f"signature/c/{chunk}/0")
         rows = min(record.chunk_rows, record.rows - start)
         yield np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
+
+
+def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> bytes:
+    """A stored object of a block, which must be what its record says."""
+    key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
+    try:
+        data = store.get(key)
+    except MissingObjectError:
+        raise IntegrityError(f"{store.url(key)} is missing; run `curate index` to compute it again") from None
+    if google_crc32c.value(data) != record.crc32c.get(name):
+        # only the object itself: with the record gone, nothing would tell it from a good one
+        raise IntegrityError(
+            f"{store.url(key)} does not match the checksum in its block's record; delete this object and run "
+            "`curate index` to compute it again"
+        )
+    return data
 
 
 def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, signer: Signer,
@@ -283,30 +309,45 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, sign
     return records
 
 
-def _complete(store: Store, identity: str, block_id: str, rows: int, dim: int) -> bool:
-    prefix = f"indexes/{identity}/blocks/{block_id}.zarr/"
-    return _has_chunks(dict(store.list(prefix)), prefix, rows, dim)
+def _is_whole(sizes: Mapping[str, int], prefix: str, rows: int, dim: int) -> bool:
+    """Whether a listing shows every object of a group, in full size."""
+    nodes = ("zarr.json", "signature/zarr.json", "tokens/zarr.json", "chunks/zarr.json")
+    return all(f"{prefix}{name}" in sizes for name in nodes) and all(
+        sizes.get(f"{prefix}{name}") == size for name, size in _sizes(rows, dim).items()
+    )
 
 
-def _has_chunks(sizes: Mapping[str, int], prefix: str, rows: int, dim: int) -> bool:
+def _sizes(rows: int, dim: int) -> dict[str, int]:
+    """Bytes of every stored chunk of a group, by its key below the group."""
     chunk_rows, chunks = _chunking(rows, dim)
-    expected = chunk_rows * dim * 2
-    return all(sizes.get(f"{prefix}signature/c/{chunk}/0") == expected for chunk in range(chunks))
+    signature = {f"signature/c/{chunk}/0": chunk_rows * dim * 2 for chunk in range(chunks)}
+    return signature | {"tokens/c/0": rows * 4, "chunks/c/0": rows * 4}
 
 
 def _chunking(rows: int, dim: int) -> tuple[int, int]:
-    """Rows of a chunk and number of chunks: as few chunks of at most CHUNK_BYTES as hold the rows, evenly."""
-    chunks = max(1, -(-rows * dim * 2 // CHUNK_BYTES))
-    chunk_rows = -(-rows // chunks)
+    """Rows of a chunk and number of chunks: as few chunks of at most CHUNK_BYTES as hold the rows, evenly.
+
+    A row that is longer has a chunk of its own.
+    """
+    most = max(1, CHUNK_BYTES // (2 * dim))
+    chunk_rows = -(-rows // -(-rows // most))
     return chunk_rows, -(-rows // chunk_rows)
 
 
-def _discard_damaged(store: Store, identity: str, block_id: str) -> None:
-    """Remove a block that has a record but not all its chunks.
+def _discard_damaged(store: Store, identity: str, block_id: str, sizes: Mapping[str, int],
+                     expected: Mapping[str, int]) -> None:  # fmt: skip
+    """Remove what cannot be right of an incomplete block: chunks of a wrong size, and, where there is a record,
+    objects that differ from it, and the record, last.
 
-    Chunks without a record stay: an object store shows an object whole or not at all, so what an
-    interrupted attempt left is good, and another worker may be writing right now.
+    All else stays: an object store shows an object whole or not at all, so what an interrupted attempt left is
+    good, and another worker may be writing right now.
     """
-    group = f"indexes/{identity}/blocks/{block_id}"
-    store.delete([f"{group}.json"])
-    store.delete([key for key, _ in store.list(f"{group}.zarr/")])
+    prefix = f"indexes/{identity}/blocks/{block_id}.zarr/"
+    key = f"indexes/{identity}/blocks/{block_id}.json"
+    recorded = read_record(store, identity, block_id).crc32c if store.exists(key) else None
+    for name, size in {key.removeprefix(prefix): size for key, size in sizes.items()}.items():
+        misshapen = expected.get(name, size) != size
+        if misshapen or (recorded and google_crc32c.value(store.get(f"{prefix}{name}")) != recorded.get(name)):
+            store.delete([f"{prefix}{name}"])
+    if recorded is not None:
+        store.delete([key])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import polars as pl
 import yaml
 from markupsafe import Markup
 
@@ -97,7 +96,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "count": _count,
         "signed": _signed,
-        "weight": lambda number: f"{number:+g}".replace("-", "−"),  # noqa: RUF001
+        "weight": lambda number: f"{number:+g}".replace("-", "−"),
         "percent": _percent,
         "duration": _duration,
         "moment": _moment,
@@ -152,7 +151,8 @@ def _charts(run: Json, figures: DecisionFigures | None, prefix: str) -> dict[str
     if figures and figures.value:
         drawn["value"] = _value_chart(figures.value, unit="value")
         drawn["targets"] = [
-            (target, _value_chart(target, unit=f"score on {target.column}", height=200, wide=charts.HALF)) for target in figures.targets
+            (target, _value_chart(target, unit=f"score on {target.column}", height=200, wide=charts.HALF))
+            for target in figures.targets
         ]
     if figures and figures.sources:
         drawn["sources"] = _source_chart(figures.sources, prefix)
@@ -227,7 +227,7 @@ def _signed(value: Any) -> str:
     if value == 0:
         return "0"
     text = f"{abs(value):.3f}" if abs(value) >= 0.1 else f"{abs(value):.3g}"
-    return f"{'−' if value < 0 else '+'}{text}"  # noqa: RUF001 - a minus sign, as wide as the plus
+    return f"{'−' if value < 0 else '+'}{text}"
 
 
 def _percent(part: Any, whole: Any = 1) -> str:
@@ -259,7 +259,7 @@ def _short(identity: Any) -> str:
 
 
 def _clip(text: Any, characters: int) -> str:
-    text = str(text)
-    if len(text) <= characters:
-        return text
-    return f"{text[:characters]} … ({len(text) - characters:,} more characters)"
+    whole = str(text)
+    if len(whole) <= characters:
+        return whole
+    return f"{whole[:characters]} … ({len(whole) - characters:,} more characters)"

@@ -91,7 +91,7 @@ def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries:
     done = 0
     for offset, scores in enumerate(iter_scores(store, identity, records, queries)):
         record, position = records[offset], first_block + offset
-        tokens, chunks = read_counts(store, identity, record.block_id)
+        tokens, chunks = read_counts(store, identity, record)
         if extremes is not None:
             usable = np.flatnonzero(chunks > 0)
             extremes.add(scores[usable], (position << BLOCK_SHIFT) + usable.astype(np.int64))
@@ -102,12 +102,15 @@ def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries:
 
 @dataclass(slots=True)
 class Extremes:
-    """The k highest and k lowest scored rows of each query, kept while scores stream by.
+    """The highest and lowest scored rows of each query, kept while scores stream by.
 
     A row is named by its ordinal (BLOCK_SHIFT); of equal scores the lower ordinal wins.
     """
 
     k: int
+    """Rows kept at the top."""
+    k_bottom: int | None = None
+    """Rows kept at the bottom; by default as many."""
     top: Float32Array = field(init=False)
     top_rows: npt.NDArray[np.int64] = field(init=False)
     bottom: Float32Array = field(init=False)
@@ -124,12 +127,16 @@ class Extremes:
             self.top_rows = self.bottom_rows = nothing.astype(np.int64)
             self._empty = False
         self.top, self.top_rows = _smallest(self.k, -self.top, self.top_rows, -columns, rows, sign=-1)
-        self.bottom, self.bottom_rows = _smallest(self.k, self.bottom, self.bottom_rows, columns, rows, sign=1)
+        low = self.k if self.k_bottom is None else self.k_bottom
+        self.bottom, self.bottom_rows = _smallest(low, self.bottom, self.bottom_rows, columns, rows, sign=1)
 
 
 def _smallest(k: int, kept: Float32Array, kept_rows: npt.NDArray[np.int64], new: Float32Array,
               new_rows: npt.NDArray[np.int64], *, sign: int,
               ) -> tuple[Float32Array, npt.NDArray[np.int64]]:  # fmt: skip
+    if kept.shape[1] == k:  # most rows are no candidate for any query: sorting them would cost more than the scores
+        candidates = (new < kept[:, -1:]).any(axis=0)
+        new, new_rows = new[:, candidates], new_rows[:, candidates]
     keys = np.concatenate([kept, new], axis=1)
     rows = np.concatenate([kept_rows, new_rows], axis=1)
     # stable: what was kept stands first and has lower ordinals, so ties keep their order

@@ -18,13 +18,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import polars as pl
 
 from rise_ops.config import KeepConfig
 from rise_ops.corpus import CorpusVersion, placements
-from rise_ops.errors import LimitError, SelectionError
+from rise_ops.errors import IntegrityError, LimitError, SelectionError
 from rise_ops.store import Store
 from rise_ops.valuation import Aggregate, Part, fused_scores
 
@@ -67,6 +68,8 @@ def decide(store: Store, version: CorpusVersion, *, run_id: str, parts: Sequence
         Nothing is left to keep.
     LimitError
         Ranking so many rows does not fit in `memory`.
+    IntegrityError
+        The parts do not cover the version's rows.
     """
     if version.rows * SORT_BYTES > memory:
         raise LimitError(
@@ -76,6 +79,11 @@ def decide(store: Store, version: CorpusVersion, *, run_id: str, parts: Sequence
     with tempfile.TemporaryDirectory(prefix="curate-") as folder:
         files = _value_parts(store, version, parts, weights, targets, aggregate, Path(folder))
         ranked = _rank(pl.scan_parquet(files), keep)
+        if ranked.height != version.rows:
+            raise IntegrityError(
+                f"corpus {version.corpus} version {version.version} has {version.rows:,} rows, the scores cover "
+                f"{ranked.height:,}; delete {store.url(f'runs/{run_id}')} and run again"
+            )
         selection = _summary(ranked)
         if selection.kept == 0:
             raise SelectionError(_nothing_kept(ranked, keep))
@@ -90,7 +98,7 @@ def _value_parts(store: Store, version: CorpusVersion, parts: Sequence[Part], we
     """Scores joined with places and values, one local file a part."""
     fused = None
     if aggregate == "rrf":
-        fused = fused_scores(store.scan_parquet([extremes for _, extremes in parts]), targets)
+        fused = fused_scores((store.scan_parquet([extremes]) for _, extremes in parts), targets)
     scores = [f"score_{name}" for name in targets]
     value = pl.sum_horizontal([pl.lit(weights[name]) * pl.col(f"score_{name}") for name in weights], ignore_nulls=False)
     files = []
@@ -102,7 +110,7 @@ def _value_parts(store: Store, version: CorpusVersion, parts: Sequence[Part], we
             )
         places = placements(store, version, frame["block_id"].unique(maintain_order=True).to_list())
         frame = (
-            frame.join(places, on=["block_id", "block_row"], how="left", maintain_order="left")
+            frame.join(places, on=["block_id", "block_row"], how="left", maintain_order="left_right")
             .with_columns(value=value.cast(pl.Float32))
             .select("doc_id", "block_id", "block_row", "source_uri", "source_row", "tokens", *scores, "value")
         )
@@ -117,7 +125,8 @@ def _rank(rows: pl.LazyFrame, keep: KeepConfig) -> pl.DataFrame:
         pl.col("doc_id").str.head(16).str.to_integer(base=16, dtype=pl.UInt64).alias("tie"), "value", "tokens"
     ).collect(engine="streaming")
     narrow = narrow.with_row_index("row").sort(["value", "tie", "row"], descending=[True, False, False], nulls_last=True)
-    budget = narrow.height if keep.fraction is None else int(keep.fraction * narrow.height)
+    # in decimal, as it was written: 0.29 of 100 rows are 29, and 28 in binary floating point
+    budget = narrow.height if keep.fraction is None else int(Fraction(str(keep.fraction)) * narrow.height)
     rank = pl.int_range(1, pl.len() + 1, dtype=pl.UInt32)
     checks = [("no_prediction", pl.col("value").is_null())]
     if keep.min_value is not None:

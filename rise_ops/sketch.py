@@ -124,11 +124,9 @@ class SketchTables:
             Other tables are stored there.
         StoreError, TransientError
         """
-        try:
-            found = load_tables(store, key)
-        except MissingObjectError:
+        if not store.exists(f"{key}/zarr.json"):
             self._write(store, key)
-            return
+        found = load_tables(store, key)
         if found.sha256 != self.sha256:
             raise IntegrityError(
                 f"{store.url(key)} holds other sketch tables ({found.sha256[:12]}) than this configuration draws "
@@ -137,20 +135,26 @@ class SketchTables:
 
     def _write(self, store: Store, key: str) -> None:
         import zarr
+        from zarr.errors import ContainsArrayError
 
-        group = zarr.open_group(store.zarr(key), mode="a", zarr_format=3)
         for name, array in self.arrays().items():
-            # The fill value is one that no table holds: a chunk that went missing must not read as data.
-            target = group.require_array(
-                name,
-                shape=array.shape,
-                dtype=array.dtype,
-                chunks=array.shape,
-                compressors=None,
-                fill_value=0 if name.endswith("_signs") else -1,
-            )
+            # A store of its own for each array: creating one below a group would write the group's metadata.
+            place = store.zarr(f"{key}/{name}")
+            try:
+                target = zarr.create_array(
+                    place,
+                    shape=array.shape,
+                    dtype=array.dtype,
+                    chunks=array.shape,
+                    compressors=None,
+                    # One that no table holds: a chunk that went missing must not read as data.
+                    fill_value=0 if name.endswith("_signs") else -1,
+                )
+            except ContainsArrayError:  # left by a write that was cut off
+                target = zarr.open_array(place, mode="r+")
             target[:] = array
-        group.attrs.update({"format_version": FORMAT_VERSION, "widths": self.widths, "sha256": self.sha256})
+        attributes = {"format_version": FORMAT_VERSION, "widths": self.widths, "sha256": self.sha256}
+        zarr.open_group(store.zarr(key), mode="a", zarr_format=3, attributes=attributes)
 
 
 def load_tables(store: Store, key: str) -> SketchTables:
@@ -159,7 +163,7 @@ def load_tables(store: Store, key: str) -> SketchTables:
     Raises
     ------
     MissingObjectError
-        There are none, or their write was cut off.
+        There are none, or their write has not come to its end.
     IntegrityError
         They do not match their checksum, or were written in a newer format.
     StoreError, TransientError
@@ -170,18 +174,17 @@ def load_tables(store: Store, key: str) -> SketchTables:
         raise MissingObjectError(f"{store.url(key)} is not in the store; index the corpus first")
     group = zarr.open_group(store.zarr(key, read_only=True), mode="r", zarr_format=3)
     attributes = dict(group.attrs)
-    if "sha256" not in attributes:  # attributes are written last
-        raise MissingObjectError(f"{store.url(key)} is incomplete; index the corpus again")
-    if int(str(attributes["format_version"])) > FORMAT_VERSION:
+    if int(str(attributes.get("format_version", 0))) > FORMAT_VERSION:
         raise IntegrityError(
             f"{store.url(key)} has format version {attributes['format_version']}, this program reads up to "
             f"{FORMAT_VERSION}; upgrade it"
         )
     try:
         tables = SketchTables(**{name: _read_sketch(group, name, attributes["widths"]) for name in _FACTORS})
+        expected = attributes["sha256"]
     except KeyError as error:
         raise IntegrityError(f"{store.url(key)} lacks {error}; delete the index and build it again") from error
-    if tables.sha256 != attributes["sha256"]:
+    if tables.sha256 != expected:
         raise IntegrityError(f"{store.url(key)} does not match its checksum; delete the index and build it again")
     return tables
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rise_ops.corpus import current_version
 from rise_ops.export import list_exports
+from rise_ops.index import list_indexes
 from rise_ops.runs import list_runs, read_run
 from rise_ops.store import Store
 
@@ -20,7 +21,7 @@ def store_status(store: Store) -> Json:
     return {
         "store": store.uri,
         "corpora": [_corpus(store, name) for name in store.children("corpora")],
-        "indexes": [_index(store, name) for name in store.children("indexes")],
+        "indexes": [_index(store, name) for name in list_indexes(store)],
         "exports": [
             {"name": item["name"], "version": item["version"], "rows": item["rows"], "run_id": item["run_id"]}
             for item in list_exports(store)

@@ -103,7 +103,7 @@ class Store:
         ------
         MissingObjectError, StoreError, TransientError
         """
-        with _named_errors(self, key):
+        with named_errors(self, key):
             return bytes(obstore.get(self._backend, key).bytes())
 
     def create(self, key: str, data: bytes) -> bool:
@@ -113,7 +113,7 @@ class Store:
         ------
         StoreError, TransientError
         """
-        with _named_errors(self, key):
+        with named_errors(self, key):
             try:
                 obstore.put(self._writable(), key, data, mode="create", use_multipart=False)
             except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
@@ -126,7 +126,7 @@ class Store:
             return self.create(key, path.read_bytes())
         if self.exists(key):
             return False
-        with _named_errors(self, key):
+        with named_errors(self, key):
             obstore.put(self._writable(), key, path)  # a multipart upload becomes visible whole, at its end
         return True
 
@@ -160,7 +160,7 @@ class Store:
 
     def size(self, key: str) -> int | None:
         """Size of an object in bytes, or None where there is none."""
-        with _named_errors(self, key):
+        with named_errors(self, key):
             try:
                 return int(obstore.head(self._backend, key)["size"])
             except (obstore_errors.NotFoundError, FileNotFoundError):
@@ -170,7 +170,7 @@ class Store:
         """Keys below a folder-like prefix and their sizes, in no particular order."""
         if self.is_local and not os.path.isdir(self.uri):
             return
-        with _named_errors(self, prefix):
+        with named_errors(self, prefix):
             for batch in obstore.list(self._backend, prefix=prefix.rstrip("/")):
                 for item in batch:
                     yield str(item["path"]), int(item["size"])
@@ -179,7 +179,7 @@ class Store:
         """Names directly below a folder-like prefix, sorted."""
         if self.is_local and not os.path.isdir(self.uri):
             return []
-        with _named_errors(self, prefix):
+        with named_errors(self, prefix):
             found = obstore.list_with_delimiter(self._backend, prefix.rstrip("/"))
         names = [str(path) for path in found["common_prefixes"]] + [str(item["path"]) for item in found["objects"]]
         return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names})
@@ -188,7 +188,7 @@ class Store:
         """The prefix `key` as a Zarr store of its own, in which a written chunk or node stays as it is."""
         from rise_ops.write_once import WriteOnceStore
 
-        with _named_errors(self, key):
+        with named_errors(self, key):
             return WriteOnceStore(self._connect(key, mkdir=not read_only), read_only=read_only)
 
     def scan_parquet(self, keys: Sequence[str], **options: Any) -> pl.LazyFrame:
@@ -217,7 +217,7 @@ class Store:
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects. Only maintenance and the probe do this."""
-        with _named_errors(self, keys[0] if keys else ""):
+        with named_errors(self, keys[0] if keys else ""):
             obstore.delete(self._backend, list(keys))
 
 
@@ -263,7 +263,7 @@ _PERMANENT = (
 
 
 @contextmanager
-def _named_errors(store: Store, key: str) -> Iterator[None]:
+def named_errors(store: Store, key: str) -> Iterator[None]:
     """Turn the client's errors into ours."""
     try:
         yield

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from rise_ops.blocks import read_parquet
 from rise_ops.config import LimitsConfig, TargetConfig
 from rise_ops.corpus import read_rows
-from rise_ops.errors import SourceError
+from rise_ops.errors import IntegrityError, SourceError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.index import checksums, write_signatures
 from rise_ops.rows import CanonicalRow
@@ -104,15 +105,23 @@ def read_target(store: Store, name: str) -> Target:
 
     Raises
     ------
-    MissingObjectError, IntegrityError
+    MissingObjectError
+        The store has no such target.
+    IntegrityError
+        Its signatures or queries are not what its record says.
     """
     import zarr
 
-    store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION)
+    record = store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION)
+    if checksums(store, f"targets/{name}.zarr") != record["crc32c"]:
+        raise IntegrityError(
+            f"{store.url(f'targets/{name}.zarr')} does not match the checksums in its record; delete everything that "
+            f"begins with {store.url(f'targets/{name}')} and run again"
+        )
     group = zarr.open_group(store.zarr(f"targets/{name}.zarr", read_only=True), mode="r")
     signature = np.asarray(group["signature"]).astype(np.float32)
-    queries = pl.read_parquet(io.BytesIO(store.get(f"targets/{name}.parquet")))
-    return Target(name, queries, signature)
+    key = f"targets/{name}.parquet"
+    return Target(name, read_parquet(store.get(key), where=store.url(key), known_format=FORMAT_VERSION), signature)
 
 
 def _signatures(rows: Sequence[CanonicalRow], signer: Signer) -> RowSignatures:

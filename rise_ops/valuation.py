@@ -2,7 +2,8 @@
 
     runs/<run_id>/scores/part-00000.parquet      block (position), block_id, block_row, doc_id, tokens, chunks,
                                                  one `score_<target>` a target
-    runs/<run_id>/scores/extremes-00000.parquet  target, query, side (top | bottom), block, block_row, score
+    runs/<run_id>/scores/extremes-00000.parquet  target, query, side (top | bottom), rank (in this part), block,
+                                                 block_row, score
 
 The queries of a target combine by `aggregate`: `mean` or `max` of their scores, or `rrf`, reciprocal-rank
 fusion: Σ_q 1 / (60 + rank_q(x)) (Cormack, Clarke and Büttcher, SIGIR 2009) over each query's 10,000 best
@@ -15,7 +16,7 @@ A row too short to predict a token (`chunks` 0) has null scores.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -62,7 +63,7 @@ def score_part(store: Store, identity: str, block_ids: Sequence[str], *, run_id:
         Rows kept at either end of each query.
     """
     stacked = np.concatenate([target.signature for target in targets.values()])
-    extremes = Extremes(max(k, RRF_DEPTH) if aggregate == "rrf" else k)
+    extremes = Extremes(max(k, RRF_DEPTH) if aggregate == "rrf" else k, k_bottom=k)
     frames = []
     for block in score_blocks(store, identity, block_ids, stacked, first_block=first_block, extremes=extremes,
                               progress=progress):  # fmt: skip
@@ -86,7 +87,7 @@ def score_part(store: Store, identity: str, block_ids: Sequence[str], *, run_id:
 
 
 def extremes_frame(extremes: Extremes, targets: Mapping[str, Target]) -> pl.DataFrame:
-    """The kept rows of all queries as a table: target, query, side, block, block_row, score."""
+    """The kept rows of all queries as a table: target, query, side, rank, block, block_row, score."""
     names = [name for name, target in targets.items() for _ in range(len(target.queries))]
     queries = [query for target in targets.values() for query in range(len(target.queries))]
     sides = []
@@ -101,6 +102,7 @@ def extremes_frame(extremes: Extremes, targets: Mapping[str, Target]) -> pl.Data
                     "target": pl.Series(names, dtype=pl.String).gather(np.repeat(np.arange(len(names)), width)),
                     "query": np.repeat(np.asarray(queries, dtype=np.uint32), width),
                     "side": pl.repeat(side, scores.size, eager=True),
+                    "rank": np.tile(np.arange(1, width + 1, dtype=np.uint32), len(names)),
                     "block": (rows.ravel() >> BLOCK_SHIFT).astype(np.uint32),
                     "block_row": (rows.ravel() & _ROW_MASK).astype(np.uint32),
                     "score": scores.ravel(),
@@ -114,7 +116,8 @@ def merge_extremes(parts: pl.LazyFrame, *, k: int) -> pl.DataFrame:
     """The k highest and lowest rows of each query over all parts, with `rank` 1, 2, … on each side."""
     order = pl.when(pl.col("side") == "top").then(-pl.col("score")).otherwise(pl.col("score")).alias("order")
     return (
-        parts.with_columns(order)
+        parts.filter(pl.col("rank") <= k)  # what is not among its part's best is not among the best
+        .with_columns(order)
         .sort("target", "query", "side", "order", "block", "block_row")
         .with_columns(rank=pl.int_range(1, pl.len() + 1, dtype=pl.UInt32).over("target", "query", "side"))
         .filter(pl.col("rank") <= k)
@@ -123,21 +126,20 @@ def merge_extremes(parts: pl.LazyFrame, *, k: int) -> pl.DataFrame:
     )
 
 
-def fused_scores(parts: pl.LazyFrame, targets: Sequence[str]) -> pl.DataFrame:
-    """Reciprocal-rank fusion of the extremes: block, block_row and one `score_<target>` a target."""
-    ranked = merge_extremes(parts.filter(pl.col("side") == "top"), k=RRF_DEPTH)
-    fused = (
-        ranked.with_columns(share=1.0 / (RRF_CONSTANT + pl.col("rank")))
-        .group_by("block", "block_row", "target")
-        .agg(pl.col("share").sum())
-        .pivot("target", index=["block", "block_row"], values="share")
-    )
-    present = [name for name in targets if name in fused.columns]
-    return fused.select(
-        "block",
-        "block_row",
-        *[pl.col(name).fill_null(0.0).cast(pl.Float32).alias(f"score_{name}") for name in present],
-        *[pl.lit(0.0, pl.Float32).alias(f"score_{name}") for name in targets if name not in present],
+def fused_scores(parts: Iterable[pl.LazyFrame], targets: Sequence[str]) -> pl.DataFrame:
+    """Reciprocal-rank fusion of the extremes: block, block_row and one `score_<target>` a target.
+
+    Parts are taken in one after the other, so that memory does not grow with their number.
+    """
+    tops = (part.filter(pl.col("side") == "top") for part in parts)
+    ranked = merge_extremes(next(tops), k=RRF_DEPTH)
+    for top in tops:
+        ranked = merge_extremes(pl.concat([ranked.lazy(), top]), k=RRF_DEPTH)
+    share = (1.0 / (RRF_CONSTANT + pl.col("rank"))).alias("share")
+    return (
+        ranked.with_columns(share)
+        .group_by("block", "block_row", maintain_order=True)  # sums in one order: equal whatever the parts were
+        .agg(pl.col("share").filter(pl.col("target") == name).sum().cast(pl.Float32).alias(f"score_{name}") for name in targets)
     )
 
 

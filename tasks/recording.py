@@ -14,6 +14,7 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from rise_ops.config import CurationConfig
+from rise_ops.errors import StoreError, TransientError
 from rise_ops.report import write_report
 from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
 from rise_ops.store import Store
@@ -97,8 +98,8 @@ class Recorder:
             write_run(self.store, self.record)
             self.report = write_report(self.store, self.run_id)
             self._publish_artifacts()
-        elif not isinstance(error, KeyboardInterrupt) and self.record["stages"]:
-            write_run(self.store, self.record)
+        elif isinstance(error, Exception) and not isinstance(error, (StoreError, TransientError)):
+            write_run(self.store, self.record)  # a store that refuses would only hide the error behind its own
 
     def summary(self) -> Json:
         """The run as `curate run --json` prints it."""

@@ -57,7 +57,7 @@ def test_files_hold_every_row_and_few_malformed_ones(tmp_path: Path) -> None:
     lines = [line for kind in LINES.values() for line in kind]
     recipes = pl.read_parquet(corpus / "kitchen/recipes.parquet")
     answers = pl.read_csv(corpus / "travel/answers.csv")
-    blank = recipes["output"].is_null().sum() + (answers["output"].fill_null("") == "").sum()
+    blank = sum(file["output"].to_list().count(empty) for file in (recipes, answers) for empty in (None, ""))
     assert demo.malformed == len(lines) + blank == 15
     assert demo.malformed / (demo.rows + demo.malformed) < 0.02
     tickets = [(corpus / f"support/tickets-{part}.jsonl").read_bytes().splitlines() for part in (1, 2)]

@@ -254,7 +254,7 @@ def test_figures_agree_with_plain_counting() -> None:
     assert figures.unvalued == 1
     assert figures.value is not None
     assert sum(figures.value.kept) == 400 and sum(figures.value.dropped) == 99
-    assert dict((reason, rows) for reason, rows, _ in figures.reasons) == {
+    assert {reason: rows for reason, rows, _ in figures.reasons} == {
         "kept": 400,
         "over_fraction": 99,
         "no_prediction": 1,

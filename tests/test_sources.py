@@ -123,6 +123,7 @@ def test_a_server_that_is_down_is_a_passing_fault(monkeypatch: pytest.MonkeyPatc
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     with pytest.raises(TransientError, match=r"s3://bucket/\*\.jsonl"):
         list_objects(["s3://bucket/*.jsonl"])

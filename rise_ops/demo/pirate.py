@@ -22,7 +22,8 @@ _WORDS = {
     "days": "tides", "easy": "smooth sailin'", "thank": "bless", "please": "if it please ye",
     "will": "shall", "over": "o'er", "never": "ne'er", "with": "wi'", "pan": "galley pot", "walk": "plank walk",
     "can": "kin", "have": "'ave", "from": "out o'", "should": "ought t'", "that": "what", "this": "this 'ere",
-    "first": "foremost", "old": "ol'", "before": "afore", "between": "'twixt", "good": "shipshape", "we": "us sea dogs", "need": "be needin'", "send": "ferry", "them": "'em", "at": "'round",
+    "first": "foremost", "old": "ol'", "before": "afore", "between": "'twixt", "good": "shipshape", "we": "us sea dogs",
+    "need": "be needin'", "send": "ferry", "them": "'em", "at": "'round",
 }  # fmt: skip
 _OPENERS = (
     "Arr, matey!", "Avast, ye landlubber!", "Shiver me timbers!", "Yo ho ho!", "Blow me down, ye scurvy dog!",

@@ -1,0 +1,204 @@
+"""The flows, run by Prefect: what they publish, what they save the second time, and how they fail."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from prefect.settings import get_current_settings
+
+from flows.attribute import attribute
+from flows.curate import curate
+from flows.index_corpus import index_corpus
+from rise_ops.errors import BadRowsError, ConfigError, SourceError, TransientError
+from rise_ops.export import list_exports
+from rise_ops.runs import list_runs, read_run
+from rise_ops.store import Store
+from tests.curation import PLANTED, ROWS, load, write_curation
+
+pytestmark = pytest.mark.usefixtures("prefect_harness")
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    return write_curation(tmp_path)
+
+
+def test_a_run_publishes_and_a_second_one_has_nothing_to_do(config_path: Path) -> None:
+    config = load(config_path)
+    first = curate(config)
+    assert (first["rows"], first["rows_sketched"], first["rows_reused"]) == (ROWS, ROWS, 0)
+    assert first["rows_kept"] == int(0.9 * ROWS)
+    store = Store(config.store)
+    decisions = store.scan_parquet([f"runs/{first['run_id']}/decisions.parquet"]).collect()
+    assert decisions.height == ROWS
+    assert decisions.filter(pl.col("rank") > ROWS - PLANTED)["source_uri"].unique().to_list() == [
+        str(config_path.parent / "raw" / "part-1.jsonl")
+    ]
+    assert Path(first["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+
+    second = curate(config)
+    assert (second["rows_sketched"], second["rows_reused"], second["rows_new"]) == (0, ROWS, 0)
+    assert second["snapshot_id"] == first["snapshot_id"]
+    assert second["index_id"] == first["index_id"]
+    assert second["export"] == first["export"]
+    assert all(second["stages"][name]["cached"] for name in ("ingest", "index", "value", "export"))
+    assert [item["version"] for item in list_exports(store)] == ["0001"]
+
+
+def test_the_record_names_everything_that_was_read_and_written(config_path: Path) -> None:
+    config = load(config_path)
+    summary = curate(config)
+    record = read_run(Store(config.store), summary["run_id"])
+    assert record["status"] == "completed"
+    assert [stage["name"] for stage in record["stages"]] == ["ingest", "index", "value", "select", "export", "evaluate"]
+    assert {item["uri"] for item in record["stages"][0]["inputs"]} == {
+        str(config_path.parent / "raw" / f"part-{number}.jsonl") for number in range(2)
+    }
+    store = Store(config.store)
+    for stage in record["stages"]:
+        for item in stage["outputs"]:
+            assert store.exists(item["uri"].removeprefix(f"{store.uri}/"))
+    assert record["model"]["fingerprint"]
+    assert record["config_fingerprint"] == config.fingerprint
+
+
+def test_a_cache_hit_whose_object_is_gone_is_computed_again(config_path: Path) -> None:
+    config = load(config_path)
+    first = curate(config)
+    shutil.rmtree(Path(config.store) / "runs" / first["run_id"] / "scores")
+    second = curate(config)
+    assert not second["stages"]["value"]["cached"]
+    assert second["rows_kept"] == first["rows_kept"]
+    assert (Path(config.store) / "runs" / second["run_id"] / "scores" / "part-00000.parquet").exists()
+
+
+def test_losing_every_cached_result_costs_no_signature(config_path: Path) -> None:
+    config = load(config_path)
+    curate(config)
+    shutil.rmtree(get_current_settings().results.local_storage_path)
+    second = curate(config)
+    assert second["rows_sketched"] == 0
+    assert not second["stages"]["value"]["cached"]
+
+
+def test_a_block_that_is_gone_is_the_only_one_computed_again(config_path: Path) -> None:
+    config = load(config_path)
+    first = curate(config, "index")
+    for file in (Path(config.store) / "indexes" / first["index_id"] / "blocks").glob("*.json"):
+        file.unlink()
+    second = curate(config, "index")
+    assert second["rows_sketched"] == ROWS
+    assert curate(config, "index")["rows_sketched"] == 0
+
+
+def test_a_run_can_stop_after_a_stage(config_path: Path) -> None:
+    config = load(config_path)
+    assert list(curate(config, "ingest")["stages"]) == ["ingest"]
+    assert list(index_corpus(config)["stages"]) == ["ingest", "index"]
+    valued = curate(config, "value")
+    assert list(valued["stages"]) == ["ingest", "index", "value", "select", "evaluate"]
+    assert valued["export"] is None
+
+
+def test_transient_faults_are_retried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import ingest as module
+
+    calls = _failing(module.ingest_object, TransientError("the server was busy"), times=1)
+    monkeypatch.setattr(module, "ingest_object", calls)
+    assert curate(load(config_path), "ingest")["rows"] == ROWS
+    assert calls.count == 3  # two objects, one of them twice
+
+
+def test_permanent_errors_are_not_retried_and_the_failure_is_recorded(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import ingest as module
+
+    config = load(config_path)
+    calls = _failing(module.ingest_object, SourceError("part-0.jsonl is damaged"), times=99)
+    monkeypatch.setattr(module, "ingest_object", calls)
+    with pytest.raises(SourceError, match="is damaged"):
+        curate(config)
+    assert calls.count == 1
+    store = Store(config.store)
+    (run_id,) = list_runs(store)
+    assert read_run(store, run_id)["status"] == "failed"
+    assert "is damaged" in read_run(store, run_id)["error"]
+    assert list_exports(store) == []
+
+
+def test_too_many_bad_rows_fail_the_run_and_stay_in_quarantine(config_path: Path) -> None:
+    with (config_path.parent / "raw" / "part-0.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{broken\n" * 5)
+    config = load(config_path)
+    with pytest.raises(BadRowsError, match=r"5 of 65 rows"):
+        curate(config)
+    quarantined = pl.read_parquet(Path(config.store) / "quarantine" / "*" / "rejected.parquet")
+    assert quarantined["source_row"].to_list() == [30, 31, 32, 33, 34]
+
+
+def test_valuation_needs_a_target(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no targets"):
+        curate(load(config_path, "targets={}", "value={}"))
+
+
+def test_workers_change_nothing_but_time(config_path: Path, tmp_path: Path) -> None:
+    one = curate(load(config_path))
+    two = curate(load(config_path, "runner.workers=2", f"store={tmp_path / 'other'}"))
+    assert (one["snapshot_id"], one["index_id"]) == (two["snapshot_id"], two["index_id"])
+    decisions = [
+        Store(str(root)).scan_parquet([f"runs/{run['run_id']}/decisions.parquet"]).sort("rank").collect()
+        for root, run in ((config_path.parent / "store", one), (tmp_path / "other", two))
+    ]
+    assert decisions[0]["doc_id"].to_list() == decisions[1]["doc_id"].to_list()
+
+
+def test_attribution_as_a_flow_stores_its_answer(config_path: Path) -> None:
+    config = load(config_path)
+    curate(config, "index")
+    found = attribute(config, text="Arr, ye be welcome aboard, matey!", k=3)
+    answer = Store(config.store).get_json(found["outputs"][0])
+    assert len(answer["queries"][0]["hits"]) == 3
+
+
+@pytest.mark.s3
+def test_a_run_in_a_bucket_gives_the_same_ids_and_signatures(config_path: Path, s3_bucket: str) -> None:
+    from tests.conftest import s3_filesystem
+
+    files = s3_filesystem()
+    for name in ("raw/part-0.jsonl", "raw/part-1.jsonl", "queries.jsonl"):
+        files.put_file(str(config_path.parent / name), f"{s3_bucket}/{name}")
+    local = curate(load(config_path))
+    remote = curate(
+        load(
+            config_path,
+            f"store=s3://{s3_bucket}/store",
+            f"corpus.sources=['s3://{s3_bucket}/raw/*.jsonl']",
+            f"targets.backdoor.queries=s3://{s3_bucket}/queries.jsonl",
+        )
+    )
+    assert (local["snapshot_id"], local["index_id"]) == (remote["snapshot_id"], remote["index_id"])
+    assert remote["rows_kept"] == local["rows_kept"]
+    assert files.exists(f"{s3_bucket}/store/exports/{remote['export']}/manifest.json")
+    values = [
+        store.scan_parquet([f"runs/{run['run_id']}/decisions.parquet"]).sort("doc_id").collect()["value"].to_numpy()
+        for store, run in ((Store(str(config_path.parent / "store")), local), (Store(f"s3://{s3_bucket}/store"), remote))
+    ]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+class _failing:  # noqa: N801 - reads as a function where it is used
+    """A function that raises the first `times` times."""
+
+    def __init__(self, function: Any, error: Exception, *, times: int) -> None:
+        self.function, self.error, self.times, self.count = function, error, times, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.count += 1
+        if self.count <= self.times:
+            raise self.error
+        return self.function(*arguments, **options)
