@@ -260,5 +260,5 @@ def main() -> None:
     try:
         app()
     except CurationError as error:
-        print(f"curate: {error}", file=sys.stderr)
+        typer.echo(f"curate: {error}", err=True)
         sys.exit(error.exit_code)

@@ -24,6 +24,9 @@ from rise_ops.store import Store
 from rise_ops.targets import Target
 from rise_ops.valuation import extremes_frame, merge_extremes
 
+_BLOCKS_AT_ONCE = 32
+_LOCATED = ("doc_id", "text", "source_uri", "source_row")
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:
@@ -107,22 +110,26 @@ def locate(store: Store, version: CorpusVersion, blocks: Sequence[str], rows: pl
     A row that stands in several objects is given the first place, by URI and row.
     """
     wanted = rows.select("block", "block_row").unique().sort("block", "block_row")
-    parts = []
-    for part in wanted.partition_by("block", maintain_order=True):
-        block_id = blocks[part["block"][0]]
-        content = read_block(store, block_id, columns=["doc_id", "text"])
-        places = (
-            placements(store, version, [block_id])
+    parts = wanted.partition_by("block", maintain_order=True)
+    located = []
+    for start in range(0, len(parts), _BLOCKS_AT_ONCE):  # objects hold many blocks: ask for their places together
+        some = [(blocks[part["block"][0]], part) for part in parts[start : start + _BLOCKS_AT_ONCE]]
+        found = pl.concat([_content(store, block_id, part) for block_id, part in some])
+        places = placements(store, version, [block_id for block_id, _ in some])
+        first = (
+            places.join(found, on=["block_id", "block_row"], how="semi")
             .sort("source_uri", "source_row")
-            .unique("block_row", keep="first")
-            .select("block_row", "source_uri", "source_row")
+            .unique(["block_id", "block_row"], keep="first")
         )
-        parts.append(
-            part.hstack(content[part["block_row"].to_list()]).join(
-                places.cast({"block_row": pl.UInt32}), on="block_row", how="left"
-            )
-        )
-    return rows.join(pl.concat(parts), on=["block", "block_row"], how="left", maintain_order="left")
+        located.append(found.join(first, on=["block_id", "block_row"], how="left").drop("block_id"))
+    empty = rows.select("block", "block_row").clear().with_columns(pl.lit("").alias(name) for name in _LOCATED[:3])
+    located.append(empty.with_columns(pl.lit(0, pl.Int64).alias(_LOCATED[3])))
+    return rows.join(pl.concat(located), on=["block", "block_row"], how="left", maintain_order="left")
+
+
+def _content(store: Store, block_id: str, rows: pl.DataFrame) -> pl.DataFrame:
+    content = read_block(store, block_id, columns=["doc_id", "text"])
+    return rows.with_columns(block_id=pl.lit(block_id)).hstack(content[rows["block_row"].to_list()])
 
 
 def _hits(rows: pl.DataFrame) -> list[Hit]:

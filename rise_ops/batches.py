@@ -12,23 +12,25 @@ MAX_TASKS = 256
 
 
 def split(items: Sequence[T], sizes: Sequence[int], *, target: int) -> Iterator[list[T]]:
-    """Runs of consecutive items of about `target` in total size, at most MAX_TASKS of them.
+    """Runs of consecutive items, each less than `target` and one item in total size; at most MAX_TASKS of them.
 
     Parameters
     ----------
     sizes
-        Size of each item, in any unit.
+        Size of each item, in any unit; none is negative.
     target
         Size of a batch in that unit; grown where it would give too many batches.
     """
-    limit = max(target, -(-sum(sizes) // MAX_TASKS))
+    size_of_batch = max(target, -(-sum(sizes) // MAX_TASKS))
     batch: list[T] = []
-    total = 0
+    start = end = 0
     for item, size in zip(items, sizes, strict=True):
-        if batch and total + size > limit:
-            yield batch
-            batch, total = [], 0
+        # an item goes where its beginning falls, as on a ruler: greedy filling could need twice as many batches
+        if start >= end:
+            if batch:
+                yield batch
+            batch, end = [], (start // size_of_batch + 1) * size_of_batch
         batch.append(item)
-        total += size
+        start += size
     if batch:
         yield batch

@@ -5,8 +5,8 @@ For each query and each K: take the K highest and the K lowest scored rows; on t
 (arXiv 2604.16197, section 5). A row is positive for a query when its field has the wanted value, or, with
 no value given, the query's own value of that field.
 
-With fewer than 2K rows, every row counts once. auROC is left out for a query whose rows are all of one
-class, where it is not defined.
+With fewer than 2K scored rows, none counts twice. auROC is left out for a query whose rows are all of one
+class, where it is not defined. Rows too short to be scored, and further copies of an object, do not count.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import polars as pl
 from rise_ops.attribution import find_extremes
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, read_block
-from rise_ops.errors import ConfigError
+from rise_ops.errors import ConfigError, SelectionError
 from rise_ops.progress import Progress, silent
 from rise_ops.session import open_indexed, open_target
 from rise_ops.store import Store
 from rise_ops.targets import Target, read_target
 from rise_ops.valuation import merge_extremes
 
-
 DEFAULT_LABEL = "label"
 DEFAULT_KS = (5, 10, 50)
+
+_COLUMNS = ["text", "text_field", "meta"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def roc_area(relevant: npt.NDArray[np.bool_]) -> float | None:
 
 
 def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target: Target, *, label: Label,
-             ks: Sequence[int]) -> Evaluation:  # fmt: skip
+             ks: Sequence[int], counts: Mapping[str | None, int] | None = None) -> Evaluation:  # fmt: skip
     """Figures for one target.
 
     Parameters
@@ -92,17 +93,21 @@ def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target
         The corpus' blocks, in order.
     extremes
         `merge_extremes` of this target, with at least max(ks) rows on each side.
+    counts
+        `count_values` of the field, if they are known.
 
     Raises
     ------
     ConfigError
-        No row has the field, or a query has not and no value is given.
+        No row has the field or the given value, or a query has not the field and no value is given.
+    SelectionError
+        No row was scored.
     """
-    counts = _value_counts(store, blocks, label.field)
-    rows = sum(counts.values())
+    counts = count_values(store, blocks, label.field) if counts is None else counts
     wanted = _wanted(target, label)
-    if rows == counts.get(None, 0):
-        raise ConfigError(f"--label {label.field}: no row of the corpus has this field")
+    _refuse_unlabelled(label, counts)
+    if extremes.is_empty():
+        raise SelectionError("no row of the corpus has 2 tokens, so none was scored")
     labels = _labels(store, blocks, extremes, label.field)
     figures: dict[int, list[tuple[float, float | None, float]]] = {k: [] for k in ks}
     for query, group in labels.partition_by("query", as_dict=True).items():
@@ -110,9 +115,9 @@ def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target
         top = group.filter(pl.col("side") == "top").sort("rank")
         bottom = group.filter(pl.col("side") == "bottom").sort("rank")
         for k in ks:
-            figures[k].append(_figures(top, bottom, want, k, rows))
+            figures[k].append(_figures(top, bottom, want, k))
     return Evaluation(
-        rows=rows,
+        rows=sum(counts.values()),
         positives=sum(counts.get(value, 0) for value in set(wanted)),
         queries=len(wanted),
         top_k={str(k): _mean(values) for k, values in figures.items()},
@@ -142,23 +147,40 @@ def evaluate_run(store: Store, version: CorpusVersion, blocks: Sequence[str], ta
 
     Returns the figures by target; None where there are none.
     """
-    found = {}
+    labelled = {}
     if DEFAULT_LABEL in version.fields:
-        for name, target_id in targets.items():
-            target = read_target(store, target_id)
-            if all(DEFAULT_LABEL in json.loads(meta) for meta in target.queries["meta"].to_list()):
-                mine = store.scan_parquet(extremes).filter(pl.col("target") == name)
-                merged = merge_extremes(mine, k=max(DEFAULT_KS))
-                found[name] = asdict(evaluate(store, blocks, merged, target, label=Label(DEFAULT_LABEL), ks=DEFAULT_KS))
-    return found or None
+        opened = {name: read_target(store, target_id) for name, target_id in targets.items()}
+        labelled = {name: target for name, target in opened.items() if _has_labels(target)}
+    counts = count_values(store, blocks, DEFAULT_LABEL) if labelled else {}
+    if not any(value is not None for value in counts):
+        return None
+    found = {}
+    for name, target in labelled.items():
+        merged = merge_extremes(store.scan_parquet(extremes).filter(pl.col("target") == name), k=max(DEFAULT_KS))
+        figures = evaluate(store, blocks, merged, target, label=Label(DEFAULT_LABEL), ks=DEFAULT_KS, counts=counts)
+        found[name] = asdict(figures)
+    return found
 
 
-def _figures(top: pl.DataFrame, bottom: pl.DataFrame, want: str, k: int, rows: int,
-             ) -> tuple[float, float | None, float]:  # fmt: skip
-    best = (top["label"][:k] == want).fill_null(value=False).to_numpy()
-    worst_first = (bottom["label"][: min(k, rows - len(best))] == want).fill_null(value=False).to_numpy()
-    both = np.concatenate([best, worst_first[::-1]])
-    return average_precision(both), roc_area(both), float(best.mean())
+def _has_labels(target: Target) -> bool:
+    return all(json.loads(meta).get(DEFAULT_LABEL) is not None for meta in target.queries["meta"].to_list())
+
+
+def _refuse_unlabelled(label: Label, counts: Mapping[str | None, int]) -> None:
+    values = sorted(value for value in counts if value is not None)
+    if not values:
+        raise ConfigError(f"--label {label.field}: no row of the corpus has this field")
+    if label.value is not None and label.value not in counts:
+        known = ", ".join(value[:40] for value in values[:5])
+        raise ConfigError(f"--label {label.field}={label.value}: no row has this value; rows have: {known}")
+
+
+def _figures(top: pl.DataFrame, bottom: pl.DataFrame, want: str, k: int) -> tuple[float, float | None, float]:
+    best = top.head(k)
+    worst = bottom.join(best, on=["block", "block_row"], how="anti", maintain_order="left").head(k).reverse()
+    ranked = pl.concat([best["label"], worst["label"]])
+    relevant = (ranked == want).fill_null(value=False).to_numpy()
+    return average_precision(relevant), roc_area(relevant), float(relevant[: best.height].mean())
 
 
 def _mean(values: Sequence[tuple[float, float | None, float]]) -> dict[str, float | None]:
@@ -202,10 +224,8 @@ def _label_of(frame: pl.DataFrame, field: str) -> pl.Series:
     return pl.Series("label", [pick(row) for row in frame.iter_rows(named=True)], dtype=pl.String)
 
 
-_COLUMNS = ["text", "text_field", "meta"]
-
-
-def _value_counts(store: Store, blocks: Sequence[str], field: str) -> dict[str | None, int]:
+def count_values(store: Store, blocks: Sequence[str], field: str) -> dict[str | None, int]:
+    """Rows by their value of a field, as text; None stands for rows without it."""
     counts: dict[str | None, int] = {}
     for block_id in blocks:
         for value, count in _label_of(read_block(store, block_id, columns=_COLUMNS), field).value_counts().iter_rows():

@@ -53,10 +53,10 @@ def write_examples(store: Store, version: CorpusVersion, blocks: Sequence[str], 
         opened = read_target(store, target).head(QUERIES)
         found = explain(store, version, blocks, opened, nearest.filter(pl.col("target") == name))
         queries += [_query(name, attribution) for attribution in found]
-    kept = _kept(store, run_id, [hit["doc_id"] for query in queries for hit in (*query["top"], *query["bottom"])])
-    for query in queries:
-        for hit in (*query["top"], *query["bottom"]):
-            hit["kept"] = kept.get(hit["doc_id"])
+    hits = [hit for query in queries for hit in (*query["top"], *query["bottom"])]
+    kept = _kept(store, run_id, {hit["doc_id"] for hit in hits})
+    for hit in hits:
+        hit["kept"] = kept[hit["source_uri"], hit["source_row"]]
     store.create_json(
         examples_key(run_id),
         {
@@ -115,11 +115,12 @@ def _hit(hit: Hit) -> Json:
     }
 
 
-def _kept(store: Store, run_id: str, doc_ids: Sequence[str]) -> dict[str, bool]:
+def _kept(store: Store, run_id: str, doc_ids: set[str]) -> dict[tuple[str, int], bool]:
+    """Fate of rows by place: copies of a text may differ in it."""
     rows = (
         store.scan_parquet([decisions_key(run_id)])
-        .filter(pl.col("doc_id").is_in(list(set(doc_ids))))
-        .select("doc_id", "kept")
+        .filter(pl.col("doc_id").is_in(list(doc_ids)))
+        .select("source_uri", "source_row", "kept")
         .collect(engine="streaming")
     )
-    return dict(rows.iter_rows())
+    return {(uri, row): kept for uri, row, kept in rows.iter_rows()}

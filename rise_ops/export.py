@@ -8,9 +8,9 @@
 Without a manifest an export does not exist: `list_exports` does not name it. Versions are 0001, 0002, …,
 claimed by exclusive create; exporting the same decisions in the same way again returns the version there is.
 
-Each row has its original columns (Parquet restores their types; a column whose type differs between
-objects becomes JSON text), then doc_id, value, source_uri and source_row. An original column with one of
-these four names is exported as `original_<name>`.
+Each row has its original columns (in Parquet with the types of `rise_ops.columns`), then doc_id, value,
+source_uri and source_row. An original column with one of these four names is exported as `original_<name>`,
+and if there is such a column too, as `original_original_<name>`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ from rise_ops.selection import decisions_key
 from rise_ops.store import Store
 
 FORMAT_VERSION = 1
-OWN_COLUMNS = ("doc_id", "value", "source_uri", "source_row")
+OWN_COLUMNS = {"doc_id": "string", "value": "float", "source_uri": "string", "source_row": "int64"}
+"""Columns that an export adds, and their Arrow types."""
 _SLICE_ROWS = 8_192
-_BATCH_ROWS = 1_024
+_GROUP_ROWS = 8_192
+_GROUP_BYTES = 16 * 2**20
+"""A row group ends at whichever comes first; bytes are those of the rows as JSON."""
 _CLAIM_ATTEMPTS = 20
 
 Row = dict[str, Any]
@@ -112,9 +115,7 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
                 return Export(name, manifest["version"], manifest["rows"], len(manifest["files"]), reused=True)
         number = _claim(store, name, {**lineage, "run_id": run_id, "content": content})
         prefix = f"exports/{name}/{number}"
-        files = list(
-            _write_files(store, prefix, kept, ColumnTypes(version.fields), config, Path(folder), progress)
-        )
+        files = list(_write_files(store, prefix, kept, version.fields, config, Path(folder), progress))
     rows = sum(file.rows for file in files)
     store.create(f"{prefix}/README.md", dataset_card(name, number, rows, config, lineage, run_id).encode())
     manifest = {
@@ -175,15 +176,17 @@ def _claim(store: Store, name: str, lineage: Mapping[str, Any]) -> str:
     raise ConflictError(f"versions {number:04d} to {attempt:04d} of export {name} were claimed by others; run again")
 
 
-def _write_files(store: Store, prefix: str, kept: Path, types: ColumnTypes, config: ExportConfig, folder: Path,
-                 progress: Progress) -> Iterator[ExportedFile]:  # fmt: skip
+def _write_files(store: Store, prefix: str, kept: Path, fields: Mapping[str, str], config: ExportConfig,
+                 folder: Path, progress: Progress) -> Iterator[ExportedFile]:  # fmt: skip
     """Spool the rows locally, which shows the columns' types, then write and publish file after file."""
     import zstandard
 
+    renamed = _renamed(fields)
+    types = ColumnTypes({renamed.get(name, name): kind for name, kind in fields.items()} | OWN_COLUMNS)
     spool = folder / "rows.jsonl.zst"
     done = 0
     with zstandard.open(spool, "wb") as lines:
-        for rows in _iter_rows(store, kept):
+        for rows in _iter_rows(store, kept, renamed):
             if config.format == "parquet":
                 types.observe(rows)
             for row in rows:
@@ -193,8 +196,8 @@ def _write_files(store: Store, prefix: str, kept: Path, types: ColumnTypes, conf
     path = folder / f"data.{config.format}"
     with zstandard.open(spool, "rb") as packed, io.BufferedReader(packed) as lines:
         for number, part in enumerate(_parts(lines, config.max_file_bytes)):
-            rows = _write_parquet(part, path, types) if config.format == "parquet" else _write_lines(part, path)
-            yield _publish(store, f"{prefix}/data/train-{number:05d}.{config.format}", path, rows)
+            written = _write_parquet(part, path, types) if config.format == "parquet" else _write_lines(part, path)
+            yield _publish(store, f"{prefix}/data/train-{number:05d}.{config.format}", path, written)
 
 
 def _parts(lines: Iterable[bytes], max_bytes: int) -> Iterator[Iterator[bytes]]:
@@ -217,11 +220,12 @@ def _parts(lines: Iterable[bytes], max_bytes: int) -> Iterator[Iterator[bytes]]:
 def _write_parquet(lines: Iterator[bytes], path: Path, types: ColumnTypes) -> int:
     import pyarrow.parquet as pq
 
-    schema, total = types.schema(last=OWN_COLUMNS), 0
+    schema, total = types.schema(last=tuple(OWN_COLUMNS)), 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while batch := [json.loads(line) for line in islice(lines, _BATCH_ROWS)]:
-            writer.write_batch(types.batch(batch, schema))
-            total += len(batch)
+        for group in _parts(lines, _GROUP_BYTES):
+            while batch := [json.loads(line) for line in islice(group, _GROUP_ROWS)]:
+                writer.write_batch(types.batch(batch, schema), row_group_size=_GROUP_ROWS)
+                total += len(batch)
     return total
 
 
@@ -244,7 +248,7 @@ def _publish(store: Store, key: str, path: Path, rows: int) -> ExportedFile:
     return ExportedFile("/".join(key.split("/")[3:]), rows, size, digest)
 
 
-def _iter_rows(store: Store, kept: Path) -> Iterator[list[Row]]:
+def _iter_rows(store: Store, kept: Path, renamed: Mapping[str, str]) -> Iterator[list[Row]]:
     """The kept rows with their original columns, in corpus order, a slice at a time."""
     total = pl.scan_parquet(kept).select(pl.len()).collect().item()
     for start in range(0, total, _SLICE_ROWS):
@@ -252,15 +256,27 @@ def _iter_rows(store: Store, kept: Path) -> Iterator[list[Row]]:
         for block in part.partition_by("block_id", maintain_order=True):
             content = read_block(store, block["block_id"][0])
             joined = block.drop("doc_id").hstack(content[block["block_row"].to_list()])
-            yield [_original(row) for row in joined.iter_rows(named=True)]
+            yield [_original(row, renamed) for row in joined.iter_rows(named=True)]
 
 
-def _original(row: Row) -> Row:
+def _renamed(fields: Iterable[str]) -> dict[str, str]:
+    """New names of the source columns that are called like ours."""
+    taken = {*fields, *OWN_COLUMNS}
+    renamed = {}
+    for name in sorted(OWN_COLUMNS.keys() & set(fields)):
+        new = f"original_{name}"
+        while new in taken:
+            new = f"original_{new}"
+        renamed[name] = new
+    return renamed
+
+
+def _original(row: Row, renamed: Mapping[str, str]) -> Row:
     original: Row = json.loads(row["meta"])
     if row["text_field"] is not None:
         original[row["text_field"]] = row["text"]
-    renamed = {f"original_{name}" if name in OWN_COLUMNS else name: value for name, value in original.items()}
-    return renamed | {name: row[name] for name in OWN_COLUMNS}
+    columns = {renamed.get(name, name): value for name, value in original.items()}
+    return columns | {name: row[name] for name in OWN_COLUMNS}
 
 
 def _sha256_file(path: Path) -> str:
@@ -279,5 +295,5 @@ def _content(kept: Path) -> str:
 
 
 def _size_category(rows: int) -> str:
-    bounds = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-    return next((name for bound, name in bounds if rows < bound), "n>1M")
+    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+    return next((name for power, name in enumerate(names, 3) if rows < 10**power), "10B<n<100B")

@@ -82,7 +82,7 @@ def decide(store: Store, version: CorpusVersion, *, run_id: str, parts: Sequence
         if ranked.height != version.rows:
             raise IntegrityError(
                 f"corpus {version.corpus} version {version.version} has {version.rows:,} rows, the scores cover "
-                f"{ranked.height:,}; delete {store.url(f'runs/{run_id}')} and run again"
+                f"{ranked.height:,}; the store is damaged, `curate verify` tells where"
             )
         selection = _summary(ranked)
         if selection.kept == 0:
@@ -124,7 +124,8 @@ def _rank(rows: pl.LazyFrame, keep: KeepConfig) -> pl.DataFrame:
     narrow = rows.select(
         pl.col("doc_id").str.head(16).str.to_integer(base=16, dtype=pl.UInt64).alias("tie"), "value", "tokens"
     ).collect(engine="streaming")
-    narrow = narrow.with_row_index("row").sort(["value", "tie", "row"], descending=[True, False, False], nulls_last=True)
+    order = {"value": True, "tie": False, "row": False}
+    narrow = narrow.with_row_index("row").sort(list(order), descending=list(order.values()), nulls_last=True)
     # in decimal, as it was written: 0.29 of 100 rows are 29, and 28 in binary floating point
     budget = narrow.height if keep.fraction is None else int(Fraction(str(keep.fraction)) * narrow.height)
     rank = pl.int_range(1, pl.len() + 1, dtype=pl.UInt32)

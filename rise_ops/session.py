@@ -15,9 +15,9 @@ from rise_ops.config import CurationConfig, FieldMap, ModelConfig, SketchConfig,
 from rise_ops.corpus import CorpusVersion, current_version
 from rise_ops.errors import ConfigError, ModelError, SourceError
 from rise_ops.index import index_id, list_indexed, read_index
+from rise_ops.rows import CanonicalRow, RowFault, canonical_row
 from rise_ops.signatures import Signer, load_tables
 from rise_ops.store import Store
-from rise_ops.rows import CanonicalRow, RowFault, canonical_row
 from rise_ops.targets import Target, read_queries, read_target, sign_queries, sign_target, target_id
 from rise_ops.trunk import load_trunk, model_fingerprint
 

@@ -153,7 +153,7 @@ class SketchTables:
             except ContainsArrayError:  # left by a write that was cut off
                 target = zarr.open_array(place, mode="r+")
             target[:] = array
-        attributes = {"format_version": FORMAT_VERSION, "widths": self.widths, "sha256": self.sha256}
+        attributes: dict[str, Any] = {"format_version": FORMAT_VERSION, "widths": self.widths, "sha256": self.sha256}
         zarr.open_group(store.zarr(key), mode="a", zarr_format=3, attributes=attributes)
 
 

@@ -135,11 +135,10 @@ def fused_scores(parts: Iterable[pl.LazyFrame], targets: Sequence[str]) -> pl.Da
     ranked = merge_extremes(next(tops), k=RRF_DEPTH)
     for top in tops:
         ranked = merge_extremes(pl.concat([ranked.lazy(), top]), k=RRF_DEPTH)
-    share = (1.0 / (RRF_CONSTANT + pl.col("rank"))).alias("share")
-    return (
-        ranked.with_columns(share)
-        .group_by("block", "block_row", maintain_order=True)  # sums in one order: equal whatever the parts were
-        .agg(pl.col("share").filter(pl.col("target") == name).sum().cast(pl.Float32).alias(f"score_{name}") for name in targets)
+    share = 1.0 / (RRF_CONSTANT + pl.col("rank"))
+    # in the order of queries: sums of floats are then the same whatever the parts were
+    return ranked.group_by("block", "block_row", maintain_order=True).agg(
+        share.filter(pl.col("target") == name).sum().cast(pl.Float32).alias(f"score_{name}") for name in targets
     )
 
 

@@ -26,6 +26,7 @@ class Head:
     soft_cap: float | None = None
 
     def logits(self, hidden: Array) -> Array:
+        """Logits [V] of one position."""
         z = self.weight.astype(np.float64) @ hidden.astype(np.float64)
         if self.bias is not None:
             z = z + self.bias

@@ -19,7 +19,7 @@ from tests import oracle, tiny_models
 
 _SHARED = Path(__file__).parents[2] / "shared"
 _SKETCH = SketchConfig(dim_r=32, dim_h=16, dim_g=16)
-_WORDS = "the quick brown fox jumps over lazy dog and runs through small green field near river".split()
+_WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "runs", "near", "a", "river"]
 
 
 def _texts(words: list[int], seed: int = 0) -> list[str]:
@@ -63,7 +63,7 @@ def test_rows_are_what_the_loops_say(trunk: Trunk, signer: Signer) -> None:
 def test_a_long_row_is_the_mean_of_its_windows(trunk: Trunk, signer: Signer) -> None:
     text = _texts([330])[0]
     ids = trunk.tokenizer(text)["input_ids"]
-    assert 412 < len(ids) + 206  # three windows or more would only be slower
+    assert len(ids) > 256
     windows = [ids[start : start + 256] for start in range(0, len(ids), 206)]
     expected = np.mean([_chunk(trunk, window) for window in windows], axis=0)
     found = signer.rows(["the fox", text])

@@ -40,7 +40,9 @@ def _named(name: str, **more: Any) -> Callable[[int, int], Any]:
 def _gpt2(vocab_size: int, positions: int) -> Any:
     from transformers import GPT2Config
 
-    return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=positions, initializer_range=0.3)
+    return GPT2Config(
+        vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=positions, initializer_range=0.3
+    )
 
 
 def _gemma3(vocab_size: int, positions: int) -> Any:
