@@ -15,11 +15,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rise_ops.errors import ConfigError, CurationError
+
+if TYPE_CHECKING:
+    from flows.curate import Until
+    from rise_ops.config import CurationConfig
 
 app = typer.Typer(
     name="curate",
@@ -36,18 +40,24 @@ StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="Root of the stor
 
 
 @app.callback()
-def options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our logs.")] = False) -> None:
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our logs.")] = False,
+) -> None:
     """Set up logging: quiet unless asked."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
 
 
 @app.command()
 def demo(
-    store: Annotated[Path, typer.Option("--store", help="Folder for the demo's corpus and store.")] = Path("curate-demo"),
+    store: Annotated[Path, typer.Option("--store", help="Folder for the demo's corpus and store.")] = Path(
+        "curate-demo"
+    ),
     json_: AsJson = False,
 ) -> None:
     """Curate a bundled corpus with planted backdoor rows; no network, server or GPU."""
@@ -115,7 +125,7 @@ def attribute(
     config: Config,
     queries: Annotated[str | None, typer.Option(help="File with queries, in any format that sources may have.")] = None,
     text: Annotated[str | None, typer.Option(help="What the model said.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What it was asked; precedes TEXT and does not count itself.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What it was asked; precedes TEXT, does not count.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Rows at either end.")] = 10,
     bottom: Annotated[bool, typer.Option("--bottom", help="Also the least influential rows.")] = False,
     set_: Overrides = None,
@@ -131,7 +141,9 @@ def attribute(
     loaded = load_config(config, overrides=set_ or [])
     rows = ad_hoc_queries(loaded, queries=queries, text=text, prompt=prompt)
     with progress_bars() as listen:
-        found = attribute_queries(Store(loaded.store), loaded, rows, k=k, progress=lambda done, _: listen("scan", done, None))
+        found = attribute_queries(
+            Store(loaded.store), loaded, rows, k=k, progress=lambda done, _: listen("scan", done, None)
+        )
     result = [attribution.to_json(bottom=bottom) for attribution in found]
     _emit(result, json_, lambda: show_attribution(result))
 
@@ -215,7 +227,7 @@ def report(
     _emit({"run_id": run_id, "report": place}, json_, lambda: typer.echo(place))
 
 
-def _run_until(until: str, config: Path, overrides: list[str] | None, json_: bool) -> None:
+def _run_until(until: Until, config: Path, overrides: list[str] | None, json_: bool) -> None:
     from flows.console import show_summary
     from rise_ops.config import load_config
 
@@ -224,7 +236,7 @@ def _run_until(until: str, config: Path, overrides: list[str] | None, json_: boo
     _emit(summary, json_, lambda: show_summary(loaded, summary))
 
 
-def _curate(config: Any, until: str) -> dict[str, Any]:
+def _curate(config: CurationConfig, until: Until) -> dict[str, Any]:
     from flows.console import note, progress_bars
 
     if not os.environ.get("PREFECT_API_URL"):

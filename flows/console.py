@@ -35,7 +35,13 @@ def note(text: str) -> None:
 @contextmanager
 def progress_bars() -> Iterator[Listener]:
     """Bars on stderr, one a stage; silent where stderr is not a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=_ERR, disable=not sys.stderr.isatty(), transient=True) as bars:
         known: dict[str, Any] = {}
 
@@ -79,7 +85,7 @@ def show_summary(config: Any, summary: Json) -> None:
     _OUT.print(table)
     if summary.get("evaluation"):
         for name, figures in summary["evaluation"].items():
-            _OUT.print(_figures(f"Evaluation of target {name} by label", figures))
+            _show_figures(f"Evaluation of target {name} by label", figures)
 
 
 def show_demo(config: Path, found: Json, summary: Json) -> None:
@@ -106,7 +112,9 @@ def show_plan(config: Any, plan: Json) -> None:
     table.add_row("index", f"{plan['index_bytes'] / 2**20:,.1f} MiB in all")
     table.add_row("peak memory", f"{plan['peak_memory_bytes'] / 2**20:,.0f} MiB")
     seconds = plan["sketch_seconds"]
-    table.add_row("time to sketch", f"about {seconds:,.0f} s" if seconds is not None else plan["sketch_seconds_unknown"])
+    table.add_row(
+        "time to sketch", f"about {seconds:,.0f} s" if seconds is not None else plan["sketch_seconds_unknown"]
+    )
     _OUT.print(table)
 
 
@@ -122,7 +130,7 @@ def show_attribution(found: Sequence[Json]) -> None:
 def show_evaluation(found: Any) -> None:
     """Figures of the protocol."""
     figures = {"rows": found.rows, "positives": found.positives, "queries": found.queries, "top_k": found.top_k}
-    _OUT.print(_figures("Evaluation", figures))
+    _show_figures("Evaluation", figures)
 
 
 def show_status(found: Json) -> None:
@@ -151,7 +159,9 @@ def show_lineage(found: Json) -> None:
         for file in found["files"]:
             _OUT.print(f"  {plain(file['path'])}  {file['rows']:,} rows  sha256 {file['sha256'][:12]}")
     _OUT.print(f"[bold]run {plain(run['run_id'])}[/bold] {run['status']}, started {run['started']}")
-    _OUT.print(f"  config {run['config_fingerprint'][:12]}  code {run['code']['version']} {run['code']['commit'] or ''}")
+    _OUT.print(
+        f"  config {run['config_fingerprint'][:12]}  code {run['code']['version']} {run['code']['commit'] or ''}"
+    )
     _OUT.print(f"  model {plain(run['model']['name'])} {run['model'].get('fingerprint', '')[:12]}")
     for stage in run["stages"]:
         _OUT.print(f"  [bold]{stage['name']}[/bold] {stage['seconds']:.1f} s")
@@ -168,37 +178,43 @@ def _show_row(found: Json) -> None:
     for source in found["sources"]:
         _OUT.print(f"  from {plain(source['uri'])} row {source['row']} (object sha256 {source['object_sha'][:12]})")
         line = source.get("line")
-        _OUT.print(f"    {plain(line, width=400)}" if line is not None else f"    [yellow]{plain(source['unavailable'])}[/yellow]")
+        _OUT.print(
+            f"    {plain(line, width=400)}"
+            if line is not None
+            else f"    [yellow]{plain(source['unavailable'])}[/yellow]"
+        )
     for item in found["decisions"]:
         fate = "kept" if item["kept"] else f"dropped ({item['reason']})"
         _OUT.print(f"  run {item['run_id']}: value {item['value']:+.4f}, rank {item['rank']:,}, {fate}")
     for export in found["exports"]:
         _OUT.print(f"  in export {plain(export)}")
     _OUT.print(f"  model {plain(found['model']['name'])} {found['model'].get('fingerprint', '')[:12]}")
-    _OUT.print(f"  index {found['index_id'][:12]}, corpus {plain(found['corpus']['name'])} version {found['corpus']['version']}")
+    corpus = found["corpus"]
+    _OUT.print(f"  index {found['index_id'][:12]}, corpus {plain(corpus['name'])} version {corpus['version']}")
     _OUT.print(f"  config {found['config_fingerprint'][:12]}, code {found['code']['version']}")
 
 
 def _hits(title: str, hits: Sequence[Json]) -> Table:
     table = _table(title, "score", "source", "text")
     for hit in hits:
-        table.add_row(f"{hit['score']:+.4f}", plain(f"{hit['source_uri']}:{hit['source_row']}", width=60), plain(hit["text"]))
+        table.add_row(
+            f"{hit['score']:+.4f}", plain(f"{hit['source_uri']}:{hit['source_row']}", width=60), plain(hit["text"])
+        )
     return table
 
 
-def _figures(title: str, figures: Json) -> Table:
-    table = _table(
-        f"{title}: {figures['rows']:,} rows, {figures['positives']:,} positive, {figures['queries']:,} queries",
-        "K", "auPRC", "auROC", "precision",
-    )  # fmt: skip
+def _show_figures(title: str, figures: Json) -> None:
+    rows, positives, queries = (f"{figures[name]:,}" for name in ("rows", "positives", "queries"))
+    _OUT.print(f"[italic]{plain(title)}: {rows} rows, {positives} positive, {queries} queries[/italic]")
+    table = _table("", "K", "auPRC", "auROC", "precision")
     for k, values in figures["top_k"].items():
         cells = [f"{values[name]:.3f}" if values[name] is not None else "–" for name in ("auprc", "auroc", "precision")]
         table.add_row(k, *cells)
-    return table
+    _OUT.print(table)
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=escape(title), title_justify="left", show_header=any(columns), header_style="bold")
+    table = Table(title=escape(title) or None, title_justify="left", show_header=any(columns), header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     return table

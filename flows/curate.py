@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from prefect import flow, runtime
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.stages import explain, export, index, ingest, value
+from flows.stages import explain, export, index, ingest, task_runner, value
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from tasks.recording import Recorder
@@ -33,7 +32,7 @@ def curate(config: CurationConfig, until: Until = "evaluate", run_id: str | None
         raise ConfigError("no targets are configured; valuation needs at least one, under `targets`")
     wanted = _ORDER[: _ORDER.index(until) + 1]
     run = Recorder(config, name="curate", run_id=run_id)
-    with run, ThreadPoolTaskRunner(max_workers=config.runner.workers) as runner:
+    with run, task_runner(config) as runner:
         corpus = ingest(run, runner, config)
         if "index" in wanted:
             indexed = index(run, runner, config, corpus)

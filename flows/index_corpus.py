@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow, runtime
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.stages import index, ingest
+from flows.stages import index, ingest, task_runner
 from rise_ops.config import CurationConfig
 from tasks.recording import Recorder
 
@@ -20,6 +19,6 @@ def _run_name() -> str:
 def index_corpus(config: CurationConfig, run_id: str | None = None) -> dict[str, Any]:
     """Ingest what changed and compute the signatures that are missing. Returns the run's summary."""
     run = Recorder(config, name="index_corpus", run_id=run_id)
-    with run, ThreadPoolTaskRunner(max_workers=config.runner.workers) as runner:
+    with run, task_runner(config) as runner:
         index(run, runner, config, ingest(run, runner, config))
     return run.summary()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect.task_runners import TaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from rise_ops.batches import split
 from rise_ops.config import CurationConfig
@@ -23,13 +23,20 @@ _SKETCH_ROWS = 4 * 2_048
 _VALUE_ROWS = 16 * 2_048
 
 
+def task_runner(config: CurationConfig) -> ThreadPoolTaskRunner[Any]:
+    """Where the tasks of a run go."""
+    return ThreadPoolTaskRunner(max_workers=config.runner.workers)
+
+
 def ingest(run: Recorder, runner: Runner, config: CurationConfig) -> Json:
     """Bring the corpus' current version up to date with its sources."""
     common = {"corpus": config.corpus, "limits": config.limits}
     with run.stage("ingest") as stage:
         (seen,) = run_all(runner, survey, [common], store_uri=config.store)
         batches = split(seen["read"], [max(0, item["size"]) for item in seen["read"]], target=_INGEST_BYTES)
-        done = run_all(runner, ingest_objects, [{"objects": batch, **common} for batch in batches], store_uri=config.store)
+        done = run_all(
+            runner, ingest_objects, [{"objects": batch, **common} for batch in batches], store_uri=config.store
+        )
         objects = [item for batch in done for item in batch["objects"]]
         call = {"objects": objects, "parent": seen["parent"], "unchanged": seen["unchanged"], "run_id": run.run_id}
         (published,) = run_all(runner, publish_corpus, [{**call, **common}], store_uri=config.store)
@@ -139,17 +146,16 @@ def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, 
     }
     call = {"config": config, "version": corpus["version"], "run_id": run.run_id, "lineage": lineage}
     with run.stage("export") as stage:
-        (exported,) = run_all(
-            runner, export_kept, [{**call, "rows": run.counts["rows_kept"]}], store_uri=config.store
-        )
+        (exported,) = run_all(runner, export_kept, [{**call, "rows": run.counts["rows_kept"]}], store_uri=config.store)
         stage.read(f"runs/{run.run_id}/decisions.parquet", rows=run.counts["rows"])
         stage.wrote(exported["outputs"][0], rows=exported["rows"])
         stage.cached = exported["reused"]
     run.record["export"] = exported["label"]
 
 
-def explain(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, valued: Json, *,
-            evaluation: bool) -> None:  # fmt: skip
+def explain(
+    run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, valued: Json, *, evaluation: bool
+) -> None:
     """Evaluate where rows carry labels, and collect examples for the report."""
     call = {"config": config, "version": corpus["version"], **valued}
     figures = None

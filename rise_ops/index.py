@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
 """Part of the format: blocks chunked otherwise read as incomplete."""
 _READERS = 16
+_CRC_BYTES = 2**18
 
 Float16Array = npt.NDArray[np.float16]
 
@@ -212,9 +213,17 @@ def checksums(store: Store, group_key: str) -> dict[str, int]:
     """CRC-32C of every stored object of a group, by its key below the group."""
     prefix = f"{group_key}/"
     return {
-        key.removeprefix(prefix): google_crc32c.value(store.get(key))
+        key.removeprefix(prefix): crc32c(store.get_buffer(key))
         for key in sorted(key for key, _ in store.list(prefix))
     }
+
+
+def crc32c(data: memoryview) -> int:
+    """CRC-32C of a buffer. In pieces that stay in cache: the library takes nothing but `bytes`, which is a copy."""
+    value = 0
+    for start in range(0, len(data), _CRC_BYTES):
+        value = google_crc32c.extend(value, bytes(data[start : start + _CRC_BYTES]))
+    return value
 
 
 def read_record(store: Store, identity: str, block_id: str) -> BlockRecord:
@@ -270,14 +279,14 @@ def iter_signatures(store: Store, identity: str, record: BlockRecord) -> Iterato
         yield np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
 
 
-def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> bytes:
+def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
     """A stored object of a block, which must be what its record says."""
     key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
     try:
-        data = store.get(key)
+        data = store.get_buffer(key)
     except MissingObjectError:
         raise IntegrityError(f"{store.url(key)} is missing; run `curate index` to compute it again") from None
-    if google_crc32c.value(data) != record.crc32c.get(name):
+    if crc32c(data) != record.crc32c.get(name):
         # only the object itself: with the record gone, nothing would tell it from a good one
         raise IntegrityError(
             f"{store.url(key)} does not match the checksum in its block's record; delete this object and run "
@@ -347,7 +356,7 @@ def _discard_damaged(store: Store, identity: str, block_id: str, sizes: Mapping[
     recorded = read_record(store, identity, block_id).crc32c if store.exists(key) else None
     for name, size in {key.removeprefix(prefix): size for key, size in sizes.items()}.items():
         misshapen = expected.get(name, size) != size
-        if misshapen or (recorded and google_crc32c.value(store.get(f"{prefix}{name}")) != recorded.get(name)):
+        if misshapen or (recorded and crc32c(store.get_buffer(f"{prefix}{name}")) != recorded.get(name)):
             store.delete([f"{prefix}{name}"])
     if recorded is not None:
         store.delete([key])

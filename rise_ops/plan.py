@@ -91,8 +91,13 @@ def plan_run(config: CurationConfig) -> Json:
     }
 
 
-def estimate(store: Store, config: CurationConfig, sources: Sequence[SourceObject], blocks: Sequence[BlockCount],
-             done: Sequence[BlockRecord]) -> Cost:  # fmt: skip
+def estimate(
+    store: Store,
+    config: CurationConfig,
+    sources: Sequence[SourceObject],
+    blocks: Sequence[BlockCount],
+    done: Sequence[BlockRecord],
+) -> Cost:
     """Tokens, time and memory of sketching what is not in `done`."""
     finished = {record.block_id for record in done}
     characters = sum(block.characters for block in blocks if block.block_id not in finished)
@@ -174,4 +179,3 @@ def _measure(store: Store, config: CurationConfig, sample: Sequence[str]) -> tup
 def _memory_without_model(config: CurationConfig) -> int:
     stored = stored_bytes(resolve_model(config.model)) or 0
     return BASE_BYTES + stored + int(config.limits.memory)
-

@@ -40,8 +40,9 @@ def reference(store: Store, key: str, *, sha256: str | None = None, rows: int | 
     return {"uri": store.url(key), "sha256": sha256, "rows": rows}
 
 
-def stage_record(name: str, *, started: str, seconds: float, cached: bool, inputs: list[Json],
-                 outputs: list[Json]) -> Json:  # fmt: skip
+def stage_record(
+    name: str, *, started: str, seconds: float, cached: bool, inputs: list[Json], outputs: list[Json]
+) -> Json:
     """Lineage of one stage."""
     return {
         "name": name,
@@ -67,7 +68,9 @@ def code_identity() -> Json:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None  # no git, or not its checkout: the version alone names the code
     return done.stdout.strip() or None

@@ -27,7 +27,10 @@ from rise_ops.store import Store
 Float32Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-TILE_ROWS = 256
+TILE_ROWS = 64
+"""Rows of one GEMM: with the default sketch, 6 MiB of float32."""
+_WIDENED_ROWS = 16
+"""Rows widened at a time: what is copied must still be in the core's cache when it is widened."""
 BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
 _AHEAD = 2
@@ -47,28 +50,30 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     IntegrityError
         A stored chunk is missing or damaged.
     """
-    transposed = torch.from_numpy(queries).T.contiguous()
+    stacked = torch.from_numpy(np.ascontiguousarray(queries))
     chunks = _ahead((record, chunk) for record in records for chunk in iter_signatures(store, identity, record))
     for record in records:
         scores = np.empty((record.rows, len(queries)), dtype=np.float32)
         start = 0
         while start < record.rows:
             _, chunk = next(chunks)
-            score_chunk(chunk, transposed, out=scores[start : start + len(chunk)])
+            score_chunk(chunk, stacked, out=scores[start : start + len(chunk)])
             start += len(chunk)
         yield scores
 
 
-def score_chunk(chunk: Float16Array, transposed: torch.Tensor, *, out: Float32Array) -> None:
-    """Scores of one chunk: `out[rows, queries] = chunk[rows, dim] @ transposed[dim, queries]` in float32."""
-    half = torch.empty((TILE_ROWS, transposed.shape[0]), dtype=torch.float16)
-    tile = torch.empty_like(half, dtype=torch.float32)
+def score_chunk(chunk: Float16Array, queries: torch.Tensor, *, out: Float32Array) -> None:
+    """Scores of one chunk: `out[rows, queries] = chunk[rows, dim] @ queries[queries, dim].T` in float32."""
+    half = torch.empty((_WIDENED_ROWS, queries.shape[1]), dtype=torch.float16)
+    tile = torch.empty((TILE_ROWS, queries.shape[1]), dtype=torch.float32)
     result = torch.from_numpy(out)
     for start in range(0, len(chunk), TILE_ROWS):
         rows = min(TILE_ROWS, len(chunk) - start)
-        np.copyto(half[:rows].numpy(), chunk[start : start + rows])
-        tile[:rows].copy_(half[:rows])
-        torch.matmul(tile[:rows], transposed, out=result[start : start + rows])
+        for first in range(0, rows, _WIDENED_ROWS):  # torch does not take read-only memory, NumPy widens slowly
+            part = chunk[start + first : start + min(first + _WIDENED_ROWS, rows)]
+            np.copyto(half[: len(part)].numpy(), part)
+            tile[first : first + len(part)].copy_(half[: len(part)])
+        torch.matmul(tile[:rows], queries.T, out=result[start : start + rows])
 
 
 @dataclass(frozen=True, slots=True)

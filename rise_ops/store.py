@@ -106,6 +106,11 @@ class Store:
         with named_errors(self, key):
             return bytes(obstore.get(self._backend, key).bytes())
 
+    def get_buffer(self, key: str) -> memoryview:
+        """All bytes of an object as they arrived, without a copy; else like `get`."""
+        with named_errors(self, key):
+            return memoryview(obstore.get(self._backend, key).bytes())
+
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless it exists. Returns whether this call wrote it.
 

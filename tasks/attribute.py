@@ -16,8 +16,9 @@ _SHOWN = 50
 
 
 @stage("attribute")
-def attribute_queries(store_uri: str, config: CurationConfig, queries: str | None, text: str | None,
-                      prompt: str | None, k: int) -> Json:  # fmt: skip
+def attribute_queries(
+    store_uri: str, config: CurationConfig, queries: str | None, text: str | None, prompt: str | None, k: int
+) -> Json:
     """Find the top and bottom rows of each query and store them under the hash of the answer."""
     store = Store(store_uri)
     rows = ad_hoc_queries(config, queries=queries, text=text, prompt=prompt)
@@ -33,10 +34,15 @@ def publish_hits(store_uri: str, key: str) -> Json:
     """Show the best hits as a Prefect artifact."""
     answer = Store(store_uri).get_json(key)["queries"]
     table = [
-        {"query": item["query"][:200], "score": round(hit["score"], 4), "source": hit["source_uri"],
-         "row": hit["source_row"], "text": hit["text"][:200]}
+        {
+            "query": item["query"][:200],
+            "score": round(hit["score"], 4),
+            "source": hit["source_uri"],
+            "row": hit["source_row"],
+            "text": hit["text"][:200],
+        }
         for item in answer
         for hit in item["hits"]
-    ]  # fmt: skip
+    ]
     create_table_artifact(table[:_SHOWN], key="attribution", description=f"{len(answer)} queries, {len(table)} hits")
     return {"hits": len(table)}

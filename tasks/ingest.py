@@ -56,8 +56,15 @@ def ingest_objects(store_uri: str, objects: list[Json], corpus: CorpusConfig, li
 
 
 @stage("publish")
-def publish_corpus(store_uri: str, objects: list[Json], parent: int | None, unchanged: list[str], run_id: str,
-                   corpus: CorpusConfig, limits: LimitsConfig) -> Json:  # fmt: skip
+def publish_corpus(
+    store_uri: str,
+    objects: list[Json],
+    parent: int | None,
+    unchanged: list[str],
+    run_id: str,
+    corpus: CorpusConfig,
+    limits: LimitsConfig,
+) -> Json:
     """Pack small objects, check the limit on bad rows, and publish the corpus version."""
     store = Store(store_uri)
     version = current_version(store, corpus.name)

@@ -36,8 +36,12 @@ def _retry(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, BaseException) and is_transient(error)
 
 
-def stage(name: str, *, version: int = 1, key: Callable[[Call], Any] | None = None,
-          ) -> Callable[[Callable[..., Json]], Task[..., Json]]:  # fmt: skip
+def stage(
+    name: str,
+    *,
+    version: int = 1,
+    key: Callable[[Call], Any] | None = None,
+) -> Callable[[Callable[..., Json]], Task[..., Json]]:
     """Make a function a task of a stage.
 
     Parameters

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import cast
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
@@ -31,7 +33,8 @@ def stage_progress(stage: str, total: int | None) -> Progress:
     """Progress of one task of a stage; tasks of the same stage add up for the listeners."""
     artifact = None
     if total and TaskRunContext.get() is not None:
-        artifact = create_progress_artifact(progress=0.0, key=f"progress-{stage}", description=f"{stage}: {total:,} rows")
+        text = f"{stage}: {total:,} rows"
+        artifact = cast(UUID, create_progress_artifact(progress=0.0, key=f"progress-{stage}", description=text))
     seen = 0
     shown = time.monotonic()
 

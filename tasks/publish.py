@@ -34,8 +34,14 @@ def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: st
 
 
 @stage("evaluate")
-def evaluate_targets(store_uri: str, config: CurationConfig, version: int, blocks: list[str], targets: dict[str, str],
-                     parts: list[list[str]]) -> Json:  # fmt: skip
+def evaluate_targets(
+    store_uri: str,
+    config: CurationConfig,
+    version: int,
+    blocks: list[str],
+    targets: dict[str, str],
+    parts: list[list[str]],
+) -> Json:
     """The evaluation protocol for every target whose queries carry a label that the corpus has too."""
     store = Store(store_uri)
     corpus = read_version(store, config.corpus.name, version)
@@ -43,8 +49,16 @@ def evaluate_targets(store_uri: str, config: CurationConfig, version: int, block
 
 
 @stage("examples")
-def collect_examples(store_uri: str, config: CurationConfig, version: int, blocks: list[str], targets: dict[str, str],
-                     parts: list[list[str]], run_id: str, evaluation: Json | None) -> Json:  # fmt: skip
+def collect_examples(
+    store_uri: str,
+    config: CurationConfig,
+    version: int,
+    blocks: list[str],
+    targets: dict[str, str],
+    parts: list[list[str]],
+    run_id: str,
+    evaluation: Json | None,
+) -> Json:
     """Best and worst rows, and what the queries attribute to, with their texts."""
     store = Store(store_uri)
     key = write_examples(

@@ -33,8 +33,17 @@ def sign_queries(store_uri: str, config: CurationConfig, index_id: str, name: st
 
 
 @stage("value", key=_identity)
-def value_blocks(store_uri: str, index_id: str, targets: dict[str, str], aggregate: str, first_block: int,
-                 blocks: list[str], run_id: str, part: int, rows: int) -> Json:  # fmt: skip
+def value_blocks(
+    store_uri: str,
+    index_id: str,
+    targets: dict[str, str],
+    aggregate: str,
+    first_block: int,
+    blocks: list[str],
+    run_id: str,
+    part: int,
+    rows: int,
+) -> Json:
     """Score a batch of blocks against all targets."""
     store = Store(store_uri)
     scored = score_part(

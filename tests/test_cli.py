@@ -73,28 +73,41 @@ def assert_one_screen(outcome: Outcome, *, code: int, words: Sequence[str]) -> N
     [
         pytest.param(lambda folder: shutil.rmtree(folder / "raw"), 1, ["raw/*.jsonl", "match"], id="missing-source"),
         pytest.param(
-            lambda folder: [file.write_text("") for file in (folder / "raw").iterdir()], 1, ["no rows"], id="empty-corpus"
+            lambda folder: [file.write_text("") for file in (folder / "raw").iterdir()],
+            1,
+            ["no rows"],
+            id="empty-corpus",
         ),
         pytest.param(
             lambda folder: (folder / "raw" / "part-0.jsonl").write_text('{"text": "fine"}\n{"text": oops}\n'),
-            1, ["part-0.jsonl line 2", "not valid JSON", "limits.bad_rows"], id="bad-json",
-        ),  # fmt: skip
+            1,
+            ["part-0.jsonl line 2", "not valid JSON", "limits.bad_rows"],
+            id="bad-json",
+        ),
         pytest.param(
             lambda folder: _edit(folder, lambda document: document.update(limitz={})),
-            2, ["limitz", "did you mean 'limits'"], id="unknown-key",
-        ),  # fmt: skip
+            2,
+            ["limitz", "did you mean 'limits'"],
+            id="unknown-key",
+        ),
         pytest.param(
             lambda folder: _edit(folder, lambda document: document.update(model={"name": "./no-such-model"})),
-            1, ["no-such-model", "model.name"], id="missing-model",
-        ),  # fmt: skip
+            1,
+            ["no-such-model", "model.name"],
+            id="missing-model",
+        ),
         pytest.param(
-            lambda folder: _truncate(folder / "raw" / "part-0.jsonl.gz"), 1, ["part-0.jsonl.gz", "truncated"],
+            lambda folder: _truncate(folder / "raw" / "part-0.jsonl.gz"),
+            1,
+            ["part-0.jsonl.gz", "truncated"],
             id="truncated-gzip",
-        ),  # fmt: skip
+        ),
         pytest.param(
             lambda folder: _edit(folder, lambda document: document.update(selection={"keep": {"min_value": 9.0}})),
-            1, ["min_value", "keeps none"], id="nothing-to-keep",
-        ),  # fmt: skip
+            1,
+            ["min_value", "keeps none"],
+            id="nothing-to-keep",
+        ),
     ],
 )
 def test_bad_input_gets_one_screen(
@@ -153,9 +166,21 @@ def test_a_model_without_an_index_is_told_which_index_there_is(finished: Path, c
 def test_run_prints_its_summary_as_json(finished: Path, curate: Curate) -> None:
     summary = curate("run", str(finished), "--json").json
     expected = {
-        "run_id", "snapshot_id", "index_id", "rows", "rows_new", "rows_reused", "rows_sketched", "rows_rejected",
-        "tokens", "rows_kept", "export", "report", "seconds", "stages",
-    }  # fmt: skip
+        "run_id",
+        "snapshot_id",
+        "index_id",
+        "rows",
+        "rows_new",
+        "rows_reused",
+        "rows_sketched",
+        "rows_rejected",
+        "tokens",
+        "rows_kept",
+        "export",
+        "report",
+        "seconds",
+        "stages",
+    }
     assert expected <= summary.keys()
     assert summary["rows"] == ROWS
     assert summary["rows_sketched"] == 0

@@ -15,6 +15,7 @@ from flows.curate import curate
 from flows.index_corpus import index_corpus
 from rise_ops.errors import BadRowsError, ConfigError, SourceError, TransientError
 from rise_ops.export import list_exports
+from rise_ops.ingest import ingest_object
 from rise_ops.runs import list_runs, read_run
 from rise_ops.store import Store
 from tests.curation import PLANTED, ROWS, load, write_curation
@@ -107,7 +108,7 @@ def test_a_run_can_stop_after_a_stage(config_path: Path) -> None:
 def test_transient_faults_are_retried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks import ingest as module
 
-    calls = _failing(module.ingest_object, TransientError("the server was busy"), times=1)
+    calls = _failing(ingest_object, TransientError("the server was busy"), times=1)
     monkeypatch.setattr(module, "ingest_object", calls)
     assert curate(load(config_path), "ingest")["rows"] == ROWS
     assert calls.count == 3  # two objects, one of them twice
@@ -119,7 +120,7 @@ def test_permanent_errors_are_not_retried_and_the_failure_is_recorded(
     from tasks import ingest as module
 
     config = load(config_path)
-    calls = _failing(module.ingest_object, SourceError("part-0.jsonl is damaged"), times=99)
+    calls = _failing(ingest_object, SourceError("part-0.jsonl is damaged"), times=99)
     monkeypatch.setattr(module, "ingest_object", calls)
     with pytest.raises(SourceError, match="is damaged"):
         curate(config)
@@ -186,12 +187,15 @@ def test_a_run_in_a_bucket_gives_the_same_ids_and_signatures(config_path: Path, 
     assert files.exists(f"{s3_bucket}/store/exports/{remote['export']}/manifest.json")
     values = [
         store.scan_parquet([f"runs/{run['run_id']}/decisions.parquet"]).sort("doc_id").collect()["value"].to_numpy()
-        for store, run in ((Store(str(config_path.parent / "store")), local), (Store(f"s3://{s3_bucket}/store"), remote))
+        for store, run in (
+            (Store(str(config_path.parent / "store")), local),
+            (Store(f"s3://{s3_bucket}/store"), remote),
+        )
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
-class _failing:  # noqa: N801 - reads as a function where it is used
+class _failing:
     """A function that raises the first `times` times."""
 
     def __init__(self, function: Any, error: Exception, *, times: int) -> None:
