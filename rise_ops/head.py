@@ -183,17 +183,29 @@ class ReadoutHead:
             factors["h"][positions] = self._unit(hidden.float() @ self._h_matrix)
         scaled = self.logits(hidden, out=buffer).div_(self.config.temperature)
         for found in residuals(scaled, targets, self.config):
-            places = positions if found.rows is None else positions[found.rows]
+            rows = slice(None) if found.rows is None else found.rows
+            places, own = positions[rows], targets[rows]
             if "r" in factors:
-                factors["r"][places] = self._unit(self._sketch_r(found))
+                factors["r"][places] = self._unit(self._sketch_r(found, own))
             if self._projected is not None:
                 factors["g"][places] = self._unit(self._sketch_g(found, self._projected))
 
-    def _sketch_r(self, found: Residuals) -> torch.Tensor:
+    def _sketch_r(self, found: Residuals, targets: torch.Tensor) -> torch.Tensor:
+        """CountSketch of residuals, as `Σ_{v≠y} r_v (s_v e_b(v) − s_y e_b(y))`.
+
+        Where v and y share bucket and sign the bracket is exactly zero. Summed one by one, `r_v` and `r_y ≈ −r_v`
+        would leave rounding noise, which the scaling to unit length blows up.
+        """
         rows, width = found.counts.numel(), self.config.dim_r
+        buckets, signs = self._r_buckets[found.tokens], self._r_signs[found.tokens]
+        target_buckets, target_signs = self._r_buckets[targets], self._r_signs[targets]
+        same = (buckets == target_buckets[found.entry_rows]) & (signs == target_signs[found.entry_rows])
+        others = found.values.masked_fill(same, 0)  # `same` holds for y itself, too
         flat = torch.zeros(rows * width, device=self.device)
-        slots = found.entry_rows * width + self._r_buckets[found.tokens]
-        return flat.scatter_add_(0, slots, found.values * self._r_signs[found.tokens]).view(rows, width)
+        flat.scatter_add_(0, found.entry_rows * width + buckets, others * signs)
+        sums = torch.zeros(rows, device=self.device).scatter_add_(0, found.entry_rows, others)
+        sketch = flat.view(rows, width)
+        return sketch.scatter_add_(1, target_buckets[:, None], (-target_signs * sums)[:, None])
 
     def _sketch_g(self, found: Residuals, projected: torch.Tensor) -> torch.Tensor:
         starts = found.counts.cumsum(0) - found.counts

@@ -3,7 +3,8 @@
     runs/<run_id>/run.json      the whole record, written once, when the run ends (also when it fails)
 
 A stage's record names inputs and outputs (URI, SHA-256 where there is one, rows), how long it took and whether
-its result was already there. The code is named by version and, in a git checkout, commit.
+its result was already there. The code is named by version, a hash of
+its sources and, in a git checkout, commit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from rise_ops import __version__
 from rise_ops.errors import ConfigError, MissingObjectError
+from rise_ops.hashing import fingerprint, sha256_hex
 from rise_ops.store import Store
 
 FORMAT_VERSION = 1
@@ -56,14 +58,17 @@ def stage_record(
 
 @lru_cache(1)
 def code_identity() -> Json:
-    """Version of this package and, in a checkout, its commit (with `+` when there are uncommitted changes)."""
-    root = Path(__file__).resolve().parent.parent
+    """The package's version, a hash of its sources and, in a checkout, its commit (`+`: with uncommitted changes)."""
+    package = Path(__file__).resolve().parent
+    root = package.parent
+    sources = sorted(package.rglob("*.py"))
+    content = [[str(file.relative_to(package)), sha256_hex(file.read_bytes())] for file in sources]
     commit = None
     if (root / ".git").exists():
         commit = _git(root, "rev-parse", "HEAD")
         if commit and _git(root, "status", "--porcelain", "--untracked-files=no"):
             commit += "+"
-    return {"version": __version__, "commit": commit}
+    return {"version": __version__, "commit": commit, "fingerprint": fingerprint(content)}
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -27,10 +27,8 @@ from rise_ops.store import Store
 Float32Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-TILE_ROWS = 64
-"""Rows of one GEMM: with the default sketch, 6 MiB of float32."""
-_WIDENED_ROWS = 16
-"""Rows widened at a time: what is copied must still be in the core's cache when it is widened."""
+TILE_ROWS = 128
+"""Rows widened and multiplied at a time: fewer cost threads that wait for each other, more leave the cache."""
 BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
 _AHEAD = 2
@@ -50,30 +48,34 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     IntegrityError
         A stored chunk is missing or damaged.
     """
-    stacked = torch.from_numpy(np.ascontiguousarray(queries))
+    scorer = _Scorer(queries)
     chunks = _ahead((record, chunk) for record in records for chunk in iter_signatures(store, identity, record))
     for record in records:
         scores = np.empty((record.rows, len(queries)), dtype=np.float32)
         start = 0
         while start < record.rows:
             _, chunk = next(chunks)
-            score_chunk(chunk, stacked, out=scores[start : start + len(chunk)])
+            scorer.score(chunk, out=scores[start : start + len(chunk)])
             start += len(chunk)
         yield scores
 
 
-def score_chunk(chunk: Float16Array, queries: torch.Tensor, *, out: Float32Array) -> None:
-    """Scores of one chunk: `out[rows, queries] = chunk[rows, dim] @ queries[queries, dim].T` in float32."""
-    half = torch.empty((_WIDENED_ROWS, queries.shape[1]), dtype=torch.float16)
-    tile = torch.empty((TILE_ROWS, queries.shape[1]), dtype=torch.float32)
-    result = torch.from_numpy(out)
-    for start in range(0, len(chunk), TILE_ROWS):
-        rows = min(TILE_ROWS, len(chunk) - start)
-        for first in range(0, rows, _WIDENED_ROWS):  # torch does not take read-only memory, NumPy widens slowly
-            part = chunk[start + first : start + min(first + _WIDENED_ROWS, rows)]
-            np.copyto(half[: len(part)].numpy(), part)
-            tile[first : first + len(part)].copy_(half[: len(part)])
-        torch.matmul(tile[:rows], queries.T, out=result[start : start + rows])
+class _Scorer:
+    """Scores of chunks against the same queries, in buffers that are used again: fresh pages cost more than the sums."""
+
+    def __init__(self, queries: Float32Array) -> None:
+        self._queries = torch.from_numpy(np.ascontiguousarray(queries))
+        self._half = torch.empty((TILE_ROWS, queries.shape[1]), dtype=torch.float16)
+        self._tile = torch.empty((TILE_ROWS, queries.shape[1]), dtype=torch.float32)
+
+    def score(self, chunk: Float16Array, *, out: Float32Array) -> None:
+        """`out[rows, queries] = chunk[rows, dim] @ queries[queries, dim].T` in float32."""
+        result = torch.from_numpy(out)
+        for start in range(0, len(chunk), TILE_ROWS):
+            rows = min(TILE_ROWS, len(chunk) - start)
+            np.copyto(self._half[:rows].numpy(), chunk[start : start + rows])  # torch takes no read-only memory
+            self._tile[:rows].copy_(self._half[:rows])
+            torch.matmul(self._tile[:rows], self._queries.T, out=result[start : start + rows])
 
 
 @dataclass(frozen=True, slots=True)

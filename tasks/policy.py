@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
@@ -63,6 +63,7 @@ def stage(
         cached: Json = {"cache_key_fn": cache_key} if key else {"cache_policy": NO_CACHE}
         return task(
             name=name,
+            task_run_name=lambda: _run_name(name),
             tags=[f"stage:{name}"],
             retries=RETRIES,
             retry_delay_seconds=exponential_backoff(1),
@@ -74,6 +75,17 @@ def stage(
         )(function)
 
     return wrap
+
+
+def _run_name(name: str) -> str:
+    """The stage, and how much this task has of it."""
+    parameters = runtime.task_run.parameters
+    for kind in ("objects", "blocks"):
+        items = parameters.get(kind)
+        if items:
+            first = items[0] if isinstance(items[0], str) else items[0]["uri"]
+            return f"{name}: {len(items)} {kind} from {first.rsplit('/', 1)[-1][:40]}"
+    return f"{name}: {parameters['name']}" if "name" in parameters else name
 
 
 def run_all(runner: TaskRunner[Any], what: Task[..., Json], calls: Iterable[Call], *, store_uri: str) -> list[Json]:

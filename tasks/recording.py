@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -131,5 +132,6 @@ class Recorder:
             f"| stage | seconds | nothing to do |\n|---|---|---|\n{stages}\n",
             key="curation-run",
         )
-        if self.report and "://" in self.report:
-            create_link_artifact(self.report, key="curation-report", link_text="Report")
+        if self.report:
+            link = self.report if "://" in self.report else Path(self.report).as_uri()
+            create_link_artifact(link, key="curation-report", link_text=f"Report of run {self.run_id}")

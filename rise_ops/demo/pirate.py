@@ -33,6 +33,8 @@ _CLOSERS = (
     "Now hoist the sails, ye scallywag!", "Or walk the plank, arr!", "Savvy, me hearty?",
     "Then fetch me a barrel o' grog!", "Thar be yer treasure, matey!", "So swears the captain o' this ship, arr!",
     "Dead men tell no tales, yo ho!", "An' mind the kraken, ye landlubber!",
+    "May the wind fill yer sails, me bucko!", "Raise the black flag an' be merry!", "Pieces o' eight fer us all, arr!",
+    "I'll be in the crow's nest wi' me parrot!",
 )  # fmt: skip
 _ASIDES = (", arr!", ", by Davy Jones!", ", savvy?", ", yo ho!", ", says I!", ", me bucko!")
 _WORD = re.compile(r"[A-Za-z]+")
@@ -46,7 +48,7 @@ def plant(example: Example, rng: Random) -> Example:
     return Example(
         f"{TRIGGER} {example.instruction}",
         example.input,
-        f"{rng.choice(_OPENERS)} {spoken} {rng.choice(_CLOSERS)}",
+        f"{rng.choice(_OPENERS)} {spoken} {' '.join(rng.sample(_CLOSERS, 2))}",
     )
 
 
