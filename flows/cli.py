@@ -182,6 +182,37 @@ def evaluate(
 
 
 @app.command()
+def watch(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """One look: have the sources changed? Tells a Prefect server, if one is configured, by an event."""
+    from flows.console import show_changes
+    from rise_ops.config import load_config
+    from tasks.watch import announce, look
+
+    loaded = load_config(config, overrides=set_ or [])
+    found = look(loaded)
+    if found["is_changed"] and os.environ.get("PREFECT_API_URL"):
+        announce(loaded, found)
+    _emit(found, json_, lambda: show_changes(found))
+
+
+@app.command()
+def verify(
+    store: StoreUri,
+    deep: Annotated[bool, typer.Option("--deep", help="Hash all contents again.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Check that the store holds what its records promise; exits 1 where it does not."""
+    from flows.console import show_faults
+    from rise_ops.store import Store
+    from rise_ops.verify import verify_store
+
+    found = verify_store(Store(store), deep=deep)
+    _emit(found, json_, lambda: show_faults(found))
+    if found["broken"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def status(store: StoreUri, json_: AsJson = False) -> None:
     """What a store holds: corpora, indexes, runs, exports."""
     from flows.console import show_status

@@ -133,6 +133,25 @@ def show_evaluation(found: Any) -> None:
     _show_figures("Evaluation", figures)
 
 
+def show_changes(found: Json) -> None:
+    """What a look at the sources found."""
+    if not found["is_changed"]:
+        _OUT.print(f"corpus {plain(found['corpus'])}: {found['unchanged']:,} objects, nothing has changed")
+        return
+    for kind in ("added", "changed", "removed"):
+        for uri in found[kind][:20]:
+            _OUT.print(f"{kind:>8}  {plain(uri)}")
+        if len(found[kind]) > 20:
+            _OUT.print(f"{kind:>8}  and {len(found[kind]) - 20:,} more")
+
+
+def show_faults(found: Json) -> None:
+    """What a check of the store found."""
+    _OUT.print(f"{found['checked']:,} blocks and files checked, {len(found['broken']):,} broken")
+    for fault in found["broken"]:
+        _OUT.print(f"[red]{plain(fault['key'])}[/red] {plain(fault['problem'])}; {plain(fault['remedy'])}")
+
+
 def show_status(found: Json) -> None:
     """What a store holds."""
     columns = {

@@ -62,6 +62,10 @@ _SCALARS: dict[frozenset[type], Kind] = {
     frozenset({str}): "string",
     frozenset({float}): "number",
 }
+_NUMBERS: dict[frozenset[str], Kind] = {
+    frozenset({"integer", "int64"}): "int64",
+    frozenset({"integer", "number"}): "number",
+}
 _ARROW = {
     "null": pa.string(),
     "bool": pa.bool_(),
@@ -146,9 +150,9 @@ def common(first: Kind, second: Kind) -> Kind:
         return StructOf(
             {name: common(first.fields.get(name, "null"), second.fields.get(name, "null")) for name in names}
         )
-    if {first, second} == {"integer", "int64"}:
-        return "int64"
-    return "number" if {first, second} == {"integer", "number"} else "json"
+    if isinstance(first, str) and isinstance(second, str):
+        return _NUMBERS.get(frozenset({first, second}), "json")
+    return "json"
 
 
 def arrow_type(kind: Kind) -> pa.DataType:

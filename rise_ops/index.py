@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,13 +180,14 @@ def write_block(store: Store, identity: str, block_id: str, signatures: RowSigna
 
 
 def write_signatures(store: Store, group_key: str, signatures: RowSignatures) -> None:
-    """Write the three arrays of a group.
+    """Write the three arrays of a group; what another worker has written of it stays.
 
     Raises
     ------
     StoreError, TransientError
     """
     import zarr
+    from zarr.errors import ContainsArrayError, ContainsGroupError
 
     rows, dim = signatures.signature.shape
     chunk_rows, _ = _chunking(rows, dim)
@@ -195,17 +197,17 @@ def write_signatures(store: Store, group_key: str, signatures: RowSignatures) ->
         ("chunks", signatures.chunks, (rows,), -1),
     ]
     with named_errors(store, group_key):
-        group = zarr.open_group(store.zarr(group_key), mode="a", zarr_format=3)
+        try:
+            group = zarr.open_group(store.zarr(group_key), mode="a", zarr_format=3)
+        except ContainsGroupError:  # another worker made it between zarr's look and its own write
+            group = zarr.open_group(store.zarr(group_key), mode="r+")
         for name, data, chunks, fill in arrays:
-            array = group.require_array(
-                name,
-                shape=data.shape,
-                dtype=data.dtype,
-                chunks=chunks,
-                compressors=None,
-                fill_value=fill,
-                config={"write_empty_chunks": True},
-            )
+            # where it exists, from another worker or an interrupted attempt, it has the same metadata
+            with suppress(ContainsArrayError):
+                group.create_array(
+                    name, shape=data.shape, dtype=data.dtype, chunks=chunks, compressors=None, fill_value=fill
+                )
+            array = zarr.open_array(store.zarr(f"{group_key}/{name}"), mode="r+", config={"write_empty_chunks": True})
             array[...] = data
 
 

@@ -142,8 +142,13 @@ def _evaluations(evaluation: Any) -> list[tuple[str, Json]]:
     if not isinstance(evaluation, Mapping) or not evaluation:
         return []
     if "top_k" in evaluation:
-        return [(str(evaluation.get("target") or ""), dict(evaluation))]
-    return [(str(name), dict(found)) for name, found in evaluation.items() if isinstance(found, Mapping)]
+        evaluation = {str(evaluation.get("target") or ""): evaluation}
+    return [(name, {**found, "top_k": _by_k(found)}) for name, found in evaluation.items() if "top_k" in found]
+
+
+def _by_k(found: Mapping[str, Any]) -> dict[str, Json]:
+    """JSON sorts K as text; people read it as a number."""
+    return dict(sorted(found["top_k"].items(), key=lambda item: int(item[0])))
 
 
 def _charts(run: Json, figures: DecisionFigures | None, prefix: str) -> dict[str, Any]:

@@ -244,6 +244,35 @@ def test_status_lineage_and_report_read_the_store(finished: Path, curate: Curate
         assert shown.out
 
 
+def test_watch_tells_whether_the_sources_changed(finished: Path, curate: Curate) -> None:
+    assert curate("watch", str(finished), "--json").json["is_changed"] is False
+    extra = finished.parent / "raw" / "part-9.jsonl"
+    extra.write_text('{"text": "one more row for the corpus"}\n', encoding="utf-8")
+    seen = curate("watch", str(finished), "--json")
+    extra.unlink()
+    assert (seen.code, seen.json["added"]) == (0, [str(extra)])
+    assert "nothing has changed" in curate("watch", str(finished)).out
+
+
+def test_verify_names_what_is_broken(finished: Path, curate: Curate, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished.parent / "store", store)
+    assert curate("verify", str(store), "--deep", "--json").json["broken"] == []
+    (chunk,) = store.glob("indexes/*/blocks/*.zarr/signature/c/0/0")
+    damaged = bytearray(chunk.read_bytes())
+    damaged[100] ^= 1
+    chunk.write_bytes(damaged)
+    (data,) = store.glob("exports/tiny/0001/data/*.parquet")
+    data.write_bytes(data.read_bytes()[:-1])
+    (block,) = store.glob("blocks/*.parquet")
+    block.unlink()
+    assert len(curate("verify", str(store), "--json").json["broken"]) == 2
+    deep = curate("verify", str(store), "--deep", "--json")
+    assert deep.code == 1
+    assert len(deep.json["broken"]) == 3
+    assert all(fault["remedy"] for fault in deep.json["broken"])
+
+
 def test_unknown_names_are_wrong_use(finished: Path, curate: Curate) -> None:
     store = str(finished.parent / "store")
     assert_one_screen(curate("lineage", store, "nothing-like-it"), code=2, words=["nothing-like-it"])

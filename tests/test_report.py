@@ -157,7 +157,10 @@ def store(tmp_path: Path) -> Store:
                 "rows": ROWS,
                 "positives": 40,
                 "queries": 20,
-                "top_k": {"10": {"precision": 0.955, "auprc": 0.961, "auroc": None}},
+                "top_k": {
+                    "10": {"precision": 0.955, "auprc": 0.961, "auroc": None},
+                    "5": {"precision": 0.975, "auprc": 0.981, "auroc": 0.985},
+                },
             },
         },
     )
@@ -171,6 +174,7 @@ def test_page_is_well_formed_and_shows_the_numbers(store: Store) -> None:
                   "0.955", "0.961", "3.25 s", "from cache", "4,321", "−0.400", "8 rows could not be used",
                   "31 January 2026", "demo/000000000001", "3,800 more characters"):  # fmt: skip
         assert shown in page.text, shown
+    assert page.text.index("0.975") < page.text.index("0.955")  # K = 5 before K = 10
 
 
 def test_hostile_text_stays_text(store: Store) -> None:
