@@ -205,8 +205,11 @@ _PLAIN = {
 
 def restore(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """JSON values (`rise_ops.arrow_json`) as an Arrow array of the type they came from."""
-    if kinds.is_timestamp(kind) or kinds.is_date(kind) or kinds.is_time(kind):
+    if kinds.is_timestamp(kind) or kinds.is_date(kind):
         return pc.cast(pa.array(values, type=pa.string()), kind)
+    if kinds.is_time(kind):  # Arrow reads times of day only as part of a timestamp
+        times = [None if value is None else f"1970-01-01T{value}" for value in values]
+        return pc.cast(pc.cast(pa.array(times, type=pa.string()), pa.timestamp(kind.unit)), kind)
     decode = _decoder(kind)
     decoded = values if decode is None else [None if value is None else decode(value) for value in values]
     return pa.array(decoded, type=kind)

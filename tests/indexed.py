@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import polars as pl
 from rise_ops.config import CorpusConfig
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.hashing import canonical_json, fingerprint
-from rise_ops.index import write_block
+from rise_ops.index import checksums, write_block, write_signatures
 from rise_ops.session import block_rows
 from rise_ops.signatures import RowSignatures
 from rise_ops.store import Store
-from rise_ops.targets import Target
-from rise_ops.valuation import Aggregate, Part, score_part
+from rise_ops.targets import FORMAT_VERSION, Target
+from rise_ops.valuation import Aggregate, Part, extremes_key, part_key, score_part
 from tests.corpora import corpus_of, ingest_all, write_as
 
 INDEX = "1" * 64
@@ -111,8 +112,6 @@ def make_target(queries: int, *, seed: int = 1, dim: int = DIM, columns: Sequenc
 def score_parts(indexed: Indexed, targets: Mapping[str, Target], *, aggregate: Aggregate = "mean", run_id: str = "run",
                 size: int = 1) -> list[Part]:  # fmt: skip
     """Score all blocks, `size` of them a part."""
-    from rise_ops.valuation import extremes_key, part_key
-
     parts = []
     for number, first in enumerate(range(0, len(indexed.blocks), size)):
         score_part(
@@ -127,3 +126,18 @@ def score_parts(indexed: Indexed, targets: Mapping[str, Target], *, aggregate: A
         )
         parts.append((part_key(run_id, number), extremes_key(run_id, number)))
     return parts
+
+
+def store_target(store: Store, target: Target) -> str:
+    """Put a target into the store as `sign_target` does; returns its id."""
+    name = target.target_id
+    rows = len(target.queries)
+    counts = np.ones(rows, dtype=np.int32)
+    signatures = RowSignatures(target.signature.astype(np.float16), counts, counts)
+    write_signatures(store, f"targets/{name}.zarr", signatures)
+    buffer = BytesIO()
+    target.queries.write_parquet(buffer)
+    store.create(f"targets/{name}.parquet", buffer.getvalue())
+    record = {"format_version": FORMAT_VERSION, "crc32c": checksums(store, f"targets/{name}.zarr")}
+    store.create_json(f"targets/{name}.json", record)
+    return name

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rise_ops.batches import MAX_TASKS, split
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 5000), max_size=2000), target=st.integers(1, 10_000))
 def test_batches_hold_every_item_once_in_order(sizes: list[int], target: int) -> None:
     batches = list(split(range(len(sizes)), sizes, target=target))

@@ -107,6 +107,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
+@settings(deadline=None)
 @given(first=st.lists(_JSON, max_size=4), second=st.lists(_JSON, max_size=4))
 def test_batches_do_not_matter(first: list[Any], second: list[Any]) -> None:
     assert arrow_type(common(infer(first), infer(second))) == arrow_type(infer([*first, *second]))
@@ -135,6 +136,7 @@ _DECLARED = [
     pa.array([_TIME.date(), None, datetime.date(1, 1, 1)], pa.date32()),
     pa.array([_TIME.date(), None, _TIME.date()], pa.date64()),
     pa.array([_TIME.time(), None, datetime.time()], pa.time64("us")),
+    pa.array([1, None, 86_399_999_999_999], pa.time64("ns")),
     pa.array([_TIME.time().replace(microsecond=0), None, datetime.time()], pa.time32("s")),
     pa.array([1, None, -(2**40)], pa.duration("ms")),
 ]
