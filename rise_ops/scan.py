@@ -61,7 +61,7 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
 
 
 class _Scorer:
-    """Scores of chunks against the same queries, in buffers that are used again: fresh pages cost more than the sums."""
+    """Scores of chunks against the same queries, in buffers that are used again: fresh memory is slow."""
 
     def __init__(self, queries: Float32Array) -> None:
         self._queries = torch.from_numpy(np.ascontiguousarray(queries))

@@ -87,7 +87,8 @@ def index_corpus(store: Store, corpus: CorpusConfig, *, silent: int = 0, dim: in
     return Indexed(store, version, list(rows_of), signatures)
 
 
-def index_rows(store: Store, folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]], *, silent: int = 0) -> Indexed:
+def index_rows(store: Store, folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]], *, silent: int = 0,
+               ) -> Indexed:  # fmt: skip
     """The same for rows by file name."""
     for name, rows in files.items():
         write_as(folder / name, rows)

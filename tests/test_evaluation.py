@@ -133,7 +133,9 @@ def test_the_text_itself_can_be_the_label(tmp_path: Path) -> None:
         ("=x", {}, "FIELD=VALUE"),
     ],
 )
-def test_a_label_that_is_not_there_is_refused(tmp_path: Path, label: str, columns: dict[str, Any], message: str) -> None:
+def test_a_label_that_is_not_there_is_refused(
+    tmp_path: Path, label: str, columns: dict[str, Any], message: str
+) -> None:
     indexed = _ladder(tmp_path, [{"kind": "x", "empty": None}, {"kind": "y"}])
     with pytest.raises(ConfigError, match=message):
         _evaluate(indexed, _queries([columns], [1.0]), label, [1])
@@ -164,7 +166,8 @@ def test_a_run_is_evaluated_where_both_sides_have_labels(
     name = store_target(indexed.store, target)
     parts = score_parts(indexed, {"good": target})
     assert parts[0][1] == extremes_key("run", 0)
-    found = evaluate_run(indexed.store, indexed.version, indexed.blocks, {"good": name}, [extremes for _, extremes in parts])
+    extremes = [key for _, key in parts]
+    found = evaluate_run(indexed.store, indexed.version, indexed.blocks, {"good": name}, extremes)
     if not named:
         assert found is None
         return

@@ -94,7 +94,8 @@ def test_original_columns_come_back(store: Store, tmp_path: Path) -> None:
     lines = sorted(_lines(indexed, run_id="lines"), key=lambda row: row["source_row"])
     assert [_only(row) for row in lines] == expected
     uri = str(tmp_path / "a.jsonl")
-    assert [(row["source_uri"], row["source_row"]) for row in lines] == [(uri, number) for number in range(len(_SHAPES))]
+    places = [(row["source_uri"], row["source_row"]) for row in lines]
+    assert places == [(uri, number) for number in range(len(_SHAPES))]
     assert {row["doc_id"] for row in lines} == set(indexed.rows["doc_id"])
     assert all(isinstance(row["value"], float) for row in lines)
 

@@ -58,6 +58,10 @@ def _read(store: Store, record: BlockRecord | None = None) -> np.ndarray[tuple[i
     return np.concatenate(list(iter_signatures(store, INDEX, found)))
 
 
+def _counts(store: Store, record: BlockRecord) -> object:
+    return read_counts(store, INDEX, record)
+
+
 def _listed(store: Store, rows: int) -> bool:
     return list_indexed(store, INDEX, {BLOCK: rows}, dim=DIM) == {BLOCK}
 
@@ -114,7 +118,9 @@ def test_any_zarr_reader_opens_a_block(local: Store) -> None:
     assert set(record.crc32c) == set(sizes)
 
 
-@pytest.mark.parametrize(("rows", "dim"), [(1, 8), (341, 24_576), (342, 24_576), (1024, 24_576), (4096, 24_576), (3, 10**8)])
+@pytest.mark.parametrize(
+    ("rows", "dim"), [(1, 8), (341, 24_576), (342, 24_576), (1024, 24_576), (4096, 24_576), (3, 10**8)]
+)
 def test_chunks_are_bounded_and_even(rows: int, dim: int) -> None:
     chunk_rows, chunks = index._chunking(rows, dim)
     assert (chunks - 1) * chunk_rows < rows <= chunks * chunk_rows
@@ -181,9 +187,9 @@ def test_a_flipped_byte_is_noticed_and_its_remedy_works(local: Store, name: str)
     data = bytearray(local.get(key))
     data[7] ^= 1
     _replace(local, key, bytes(data))
+    reader = _read if name.startswith("signature") else _counts
     with pytest.raises(IntegrityError, match="delete this object") as caught:
-        _read(local, record)
-        read_counts(local, INDEX, record)
+        reader(local, record)
     assert local.url(key) in str(caught.value)
     local.delete([key])
     _heal(local, written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_extremes_equal_a_full_sort(scores: npt.NDArray[np.float32], k: int, low
     ordinals = np.arange(len(scores), dtype=np.int64) * 3 + (5 << BLOCK_SHIFT)
     extremes = Extremes(k, k_bottom=low)
     bounds = [0, *sorted(min(cut, len(scores)) for cut in cuts), len(scores)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         extremes.add(scores[start:end], ordinals[start:end])
     for query, column in enumerate(scores.T):
         best = np.lexsort((ordinals, -column))[:k]

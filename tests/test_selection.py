@@ -35,7 +35,8 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     return index_corpus(Store(str(folder / "store")), corpus_of(folder / "raw/*.jsonl"), silent=SILENT)
 
 
-def _decide(indexed: Indexed, name: str, keep: Mapping[str, Any], *, memory: int = 2**30) -> tuple[Selection, pl.DataFrame]:
+def _decide(indexed: Indexed, name: str, keep: Mapping[str, Any], *, memory: int = 2**30,
+            ) -> tuple[Selection, pl.DataFrame]:  # fmt: skip
     parts = score_parts(indexed, TARGET, run_id=name, size=2)
     selection = decide(
         indexed.store,
@@ -155,7 +156,8 @@ def test_a_fraction_is_what_it_says(tmp_path: Path) -> None:
 
 def test_nothing_kept_is_an_error_with_numbers(indexed: Indexed) -> None:
     for name, keep in (("first", {"tokens": 1}), ("small", {"fraction": 1e-9}), ("high", {"min_value": 1.5})):
-        with pytest.raises(SelectionError, match=r"keeps none of 1,302 rows: the best one has value 0\.\d+ and \d+ tokens"):
+        numbers = r"keeps none of 1,302 rows: the best one has value 0\.\d+ and \d+ tokens"
+        with pytest.raises(SelectionError, match=numbers):
             _decide(indexed, f"nothing-{name}", keep)
         assert not indexed.store.exists(decisions_key(f"nothing-{name}"))
 

@@ -25,13 +25,15 @@ WEIGHTS = {"good": 1.0, "bad": -0.5}
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     folder = tmp_path_factory.mktemp("valuation")
-    files = {f"{name}.jsonl": make_rows(rows, seed=rows) for name, rows in (("a", 700), ("b", 300), ("c", 20), ("d", 5))}
+    sizes = {"a": 700, "b": 300, "c": 20, "d": 5}
+    files = {f"{name}.jsonl": make_rows(rows, seed=rows) for name, rows in sizes.items()}
     made = index_rows(Store(str(folder / "store")), folder, files, silent=SILENT)
     assert len(made.blocks) >= 3
     return made
 
 
-def _decide(indexed: Indexed, run_id: str, aggregate: Aggregate, *, size: int, weights: dict[str, float]) -> pl.DataFrame:
+def _decide(indexed: Indexed, run_id: str, aggregate: Aggregate, *, size: int, weights: dict[str, float],
+            ) -> pl.DataFrame:  # fmt: skip
     parts = score_parts(indexed, TARGETS, aggregate=aggregate, run_id=run_id, size=size)
     decide(
         indexed.store,
@@ -113,8 +115,10 @@ def test_extremes_of_all_parts_merge(indexed: Indexed, size: int) -> None:
         scores = indexed.matrix @ target.signature.T
         for query, column in enumerate(scores.T):
             usable = np.flatnonzero(indexed.chunks > 0)
-            for side, order in (("top", usable[np.argsort(-column[usable])]), ("bottom", usable[np.argsort(column[usable])])):
-                mine = merged.filter(pl.col("target") == name, pl.col("query") == query, pl.col("side") == side).sort("rank")
+            for side, sign in (("top", -1), ("bottom", 1)):
+                order = usable[np.argsort(sign * column[usable])]
+                here = (pl.col("target") == name) & (pl.col("query") == query) & (pl.col("side") == side)
+                mine = merged.filter(here).sort("rank")
                 assert mine["rank"].to_list() == list(range(1, 8))
                 np.testing.assert_allclose(mine["score"], column[order[:7]], atol=1e-6)
                 named = rows[order[:7].tolist()].select("block", "block_row")
@@ -130,4 +134,5 @@ def test_names_of_columns_are_good_names_of_targets(tmp_path: Path) -> None:
         targets=list(targets), aggregate="rrf", keep=KeepConfig(), memory=2**30,
     )  # fmt: skip
     frame = indexed.store.scan_parquet([decisions_key("run")]).collect()
-    assert frame.select(pl.sum_horizontal("score_block", "score_block_row", "score_rank") - pl.col("value")).to_series().abs().max() < 1e-6  # type: ignore[operator]
+    total = frame["score_block"] + frame["score_block_row"] + frame["score_rank"]
+    np.testing.assert_allclose(total, frame["value"], atol=1e-6)
