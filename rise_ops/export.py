@@ -44,6 +44,7 @@ _GROUP_ROWS = 8_192
 _GROUP_BYTES = 16 * 2**20
 """A row group ends at whichever comes first; bytes are those of the rows as JSON."""
 _CLAIM_ATTEMPTS = 20
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Row = dict[str, Any]
 
@@ -190,7 +191,7 @@ def _write_files(store: Store, prefix: str, kept: Path, fields: Mapping[str, str
             if config.format == "parquet":
                 types.observe(rows)
             for row in rows:
-                lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                lines.write(_as_json(row).encode() + b"\n")
             done += len(rows)
             progress(done, None)
     path = folder / f"data.{config.format}"

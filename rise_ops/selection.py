@@ -10,7 +10,8 @@ tokens; `min_value` cuts where values get too low. Every row gets a reason:
                                       score_<target>…, value, rank, kept, reason; in corpus order
 
 Only the value, the tokens, eight bytes of the doc_id and the fate of each row are in memory at once, SORT_BYTES
-a row while they are sorted; everything else streams from part to part. An object that stands in the corpus twice has its rows twice.
+a row while they are sorted; everything else streams from part to part. An object that stands in the corpus
+twice has its rows twice.
 """
 
 from __future__ import annotations

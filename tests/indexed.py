@@ -62,7 +62,7 @@ class Indexed:
 def unit(rows: int, dim: int = DIM, *, seed: int = 0) -> Float32Array:
     """Random rows of unit length."""
     drawn = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
-    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return np.asarray(drawn / np.linalg.norm(drawn, axis=1, keepdims=True), dtype=np.float32)
 
 
 def signed(rows: int, dim: int = DIM, *, seed: int = 0, silent: Sequence[int] = ()) -> RowSignatures:

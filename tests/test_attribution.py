@@ -11,12 +11,12 @@ import pytest
 
 from rise_ops import attribution
 from rise_ops.attribution import Attribution, Hit, attribute, explain, find_extremes
-from rise_ops.config import load_config
+from rise_ops.config import KeepConfig, load_config
 from rise_ops.evaluation import Label, evaluate_corpus
 from rise_ops.examples import HITS, QUERIES, ROWS, examples_key, write_examples
 from rise_ops.index import prepare_index, sketch_blocks
 from rise_ops.ingest import ingest_corpus
-from rise_ops.selection import KeepConfig, decide
+from rise_ops.selection import decide
 from rise_ops.session import block_rows, open_signer
 from rise_ops.store import Store
 from rise_ops.targets import read_queries

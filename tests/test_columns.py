@@ -163,7 +163,7 @@ def test_other_types_count_as_json(text: str) -> None:
 
 def test_binary_that_came_as_text_is_bytes_again() -> None:
     types = ColumnTypes({"blob": "binary"})
-    rows = [{"blob": base64.b64encode(b"\x00\x01").decode()}, {"other": 1}]
+    rows: list[dict[str, Any]] = [{"blob": base64.b64encode(b"\x00\x01").decode()}, {"other": 1}]
     types.observe(rows)
     batch = types.batch(rows, types.schema(last=["blob"]))
     assert batch.schema.names == ["other", "blob"]

@@ -122,7 +122,7 @@ def test_types_of_tables_are_restored(tmp_path: Path) -> None:
 
 
 def test_a_type_that_differs_between_objects_becomes_text(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, list[dict[str, Any]]] = {
         "a.jsonl": [{"text": "one", "x": 1}],
         "b.jsonl": [{"text": "two", "x": "1"}],
         "c.jsonl": [{"text": "three", "x": [True]}],

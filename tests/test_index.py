@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -38,10 +37,9 @@ RECORD = f"indexes/{INDEX}/blocks/{BLOCK}.json"
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten rows a chunk at most."""
     monkeypatch.setattr(index, "CHUNK_BYTES", 10 * DIM * 2)
-    return
 
 
 @pytest.fixture

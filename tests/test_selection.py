@@ -132,8 +132,8 @@ def test_rules_and_reasons(indexed: Indexed, keep: dict[str, Any]) -> None:
     assert selection == Selection(
         rows=frame.height,
         kept=kept.height,
-        tokens=frame["tokens"].sum(),
-        tokens_kept=kept["tokens"].sum(),
+        tokens=int(frame["tokens"].sum()),
+        tokens_kept=int(kept["tokens"].sum()),
         reasons=counts,
     )
     assert kept["rank"].sort().to_list() == list(range(1, kept.height + 1))

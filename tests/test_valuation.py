@@ -52,9 +52,9 @@ def _decide(indexed: Indexed, run_id: str, aggregate: Aggregate, *, size: int, w
 def _brute(indexed: Indexed, name: str, aggregate: Aggregate) -> npt.NDArray[np.float64]:
     scores = indexed.matrix @ TARGETS[name].signature.T
     if aggregate == "mean":
-        return scores.mean(axis=1, dtype=np.float64)
+        return np.asarray(scores.mean(axis=1, dtype=np.float64))
     if aggregate == "max":
-        return scores.max(axis=1).astype(np.float64)
+        return np.asarray(scores.max(axis=1), dtype=np.float64)
     usable = np.flatnonzero(indexed.chunks > 0)
     value = np.zeros(len(scores))
     for column in scores.T:
