@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rise_ops.errors import ConfigError
 from rise_ops.hashing import fingerprint
@@ -29,6 +39,19 @@ class _Config(BaseModel):
     def fingerprint(self) -> str:
         """SHA-256 over every field: two configurations with equal fingerprints do the same."""
         return fingerprint(self.model_dump(mode="json"))
+
+
+_WITH_SECRET = re.compile(r"^[A-Za-z0-9+.-]+://[^/]*@")
+
+
+def _without_secret(url: str) -> str:
+    if _WITH_SECRET.match(url):
+        raise ValueError("credentials do not belong in a URL; set the AWS_* variables instead")
+    return url
+
+
+Url = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
+"""A path, glob or URL that names no user or password: configurations end up in records and reports."""
 
 
 class SketchConfig(_Config):
@@ -83,7 +106,7 @@ class CorpusConfig(_Config):
     """A named set of source objects."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the corpus in the store.")
-    sources: tuple[str, ...] = Field(min_length=1, description="Globs on any fsspec URL.")
+    sources: tuple[Url, ...] = Field(min_length=1, description="Globs on any fsspec URL.")
     fields: FieldMap = Field(default_factory=lambda: FieldMap(), description="Columns; default: known row shapes.")
 
     @field_validator("sources", mode="before")
@@ -107,7 +130,7 @@ class ModelConfig(_Config):
 class TargetConfig(_Config):
     """A named set of queries: text whose loss the curated rows should lower (or raise)."""
 
-    queries: str = Field(description="File or glob with the queries, in any format that sources may have.")
+    queries: Url = Field(description="File or glob with the queries, in any format that sources may have.")
     fields: FieldMap = Field(default_factory=lambda: FieldMap(), description="Columns; default: known row shapes.")
 
 
@@ -154,7 +177,7 @@ class LimitsConfig(_Config):
 class CurationConfig(_Config):
     """One curation, from sources to export."""
 
-    store: str = Field(min_length=1, description="Root of the store: a folder or s3://bucket/prefix.")
+    store: Url = Field(description="Root of the store: a folder or s3://bucket/prefix.")
     corpus: CorpusConfig
     model: ModelConfig
     sketch: SketchConfig = Field(default_factory=lambda: SketchConfig())

@@ -200,8 +200,7 @@ def _wanted(target: Target, label: Label) -> list[str]:
         own = json.loads(meta).get(label.field)
         if own is None:
             raise ConfigError(
-                f"--label {label.field}: query {number} has no '{label.field}'; give the value as "
-                f"{label.field}=VALUE"
+                f"--label {label.field}: query {number} has no '{label.field}'; give the value as {label.field}=VALUE"
             )
         values.append(as_label(own))
     return values

@@ -215,8 +215,7 @@ def checksums(store: Store, group_key: str) -> dict[str, int]:
     """CRC-32C of every stored object of a group, by its key below the group."""
     prefix = f"{group_key}/"
     return {
-        key.removeprefix(prefix): crc32c(store.get_buffer(key))
-        for key in sorted(key for key, _ in store.list(prefix))
+        key.removeprefix(prefix): crc32c(store.get_buffer(key)) for key in sorted(key for key, _ in store.list(prefix))
     }
 
 

@@ -258,3 +258,15 @@ def test_a_sketch_survives_json_with_its_fingerprint(seed: int, dims: tuple[int,
 def test_the_fingerprint_shows() -> None:
     sketch = SketchConfig()
     assert sketch.fingerprint[:12] in repr(sketch)
+
+
+@pytest.mark.parametrize("key", ["store", "corpus.sources", "targets.good.queries"])
+def test_a_url_with_credentials_is_refused_and_not_shown(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "curate.yaml"
+    path.write_text(
+        "store: s\ncorpus: {name: c, sources: [a.jsonl]}\nmodel: {name: m}\ntargets: {good: {queries: q.jsonl}}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError, match="credentials do not belong in a URL") as caught:
+        load_config(path, overrides=[f"{key}=s3://AKIA:planted-secret@bucket/x"])
+    assert "planted-secret" not in str(caught.value)

@@ -74,7 +74,7 @@ _SHAPES: list[dict[str, Any]] = [
     {"prompt": "Question? ", "generation": " answer\n", "score": 0.1},
     {"instruction": "Say hi", "input": "", "output": " hi ", "n": 2**53},
     {"text": "with prompt", "prompt_text": "with", "tags": ["a", "b"]},
-    {"text": "line\u2028separator \x85 and \"quotes\" \\ é 🎉"},
+    {"text": 'line\u2028separator \x85 and "quotes" \\ é 🎉'},
 ]
 
 
