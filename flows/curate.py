@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from prefect import flow, runtime
 
-from flows.stages import explain, export, index, ingest, task_runner, value
+from flows.stages import check, explain, export, index, ingest, task_runner, value
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from tasks.recording import Recorder
@@ -33,6 +33,7 @@ def curate(config: CurationConfig, until: Until = "evaluate", run_id: str | None
     wanted = _ORDER[: _ORDER.index(until) + 1]
     run = Recorder(config, name="curate", run_id=run_id)
     with run, task_runner(config) as runner:
+        check(runner, config, model="index" in wanted, targets="value" in wanted)
         corpus = ingest(run, runner, config)
         if "index" in wanted:
             indexed = index(run, runner, config, corpus)

@@ -11,6 +11,7 @@ from rise_ops.config import CurationConfig
 from tasks.index import count_tokens, open_model, plan_index, sketch
 from tasks.ingest import ingest_objects, publish_corpus, survey
 from tasks.policy import run_all
+from tasks.preflight import preflight
 from tasks.publish import collect_examples, evaluate_targets, export_kept
 from tasks.recording import Recorder
 from tasks.value import select_rows, sign_queries, value_blocks
@@ -26,6 +27,11 @@ _VALUE_ROWS = 16 * 2_048
 def task_runner(config: CurationConfig) -> ThreadPoolTaskRunner[Any]:
     """Where the tasks of a run go."""
     return ThreadPoolTaskRunner(max_workers=config.runner.workers)
+
+
+def check(runner: Runner, config: CurationConfig, *, model: bool, targets: bool) -> None:
+    """Fail before anything is paid for."""
+    run_all(runner, preflight, [{"config": config, "model": model, "targets": targets}], store_uri=config.store)
 
 
 def ingest(run: Recorder, runner: Runner, config: CurationConfig) -> Json:

@@ -24,7 +24,6 @@ def _identity(call: Any) -> Any:
 def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig) -> Json:
     """List the sources and compare them with the corpus' current version."""
     store = Store(store_uri)
-    store.probe()
     version = current_version(store, corpus.name)
     diff = diff_sources(list_sources(corpus, store=store), version, ingest_fingerprint(corpus.fields, limits))
     return {

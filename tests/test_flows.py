@@ -13,7 +13,7 @@ from prefect.settings import get_current_settings
 from flows.attribute import attribute
 from flows.curate import curate
 from flows.index_corpus import index_corpus
-from rise_ops.errors import BadRowsError, ConfigError, SourceError, TransientError
+from rise_ops.errors import BadRowsError, ConfigError, ModelError, SourceError, TransientError
 from rise_ops.export import list_exports
 from rise_ops.ingest import ingest_object
 from rise_ops.runs import list_runs, read_run
@@ -140,6 +140,19 @@ def test_too_many_bad_rows_fail_the_run_and_stay_in_quarantine(config_path: Path
         curate(config)
     quarantined = pl.read_parquet(Path(config.store) / "quarantine" / "*" / "rejected.parquet")
     assert quarantined["source_row"].to_list() == [30, 31, 32, 33, 34]
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [("model.name=/nowhere/at-all", ModelError), ("targets.backdoor.queries=/nowhere/*.jsonl", SourceError)],
+)
+def test_what_is_missing_is_said_before_anything_is_paid_for(
+    config_path: Path, override: str, error: type[Exception]
+) -> None:
+    config = load(config_path, override)
+    with pytest.raises(error, match="nowhere"):
+        curate(config)
+    assert not (Path(config.store) / "corpora").exists()
 
 
 def test_valuation_needs_a_target(config_path: Path) -> None:
