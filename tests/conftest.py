@@ -39,7 +39,7 @@ def _make_hermetic(home: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "MPLCONFIGDIR": str(home / "matplotlib"),
         "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # as the command line sets it
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # as the command line sets it
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "TOKENIZERS_PARALLELISM": "false",
     }
