@@ -83,8 +83,8 @@ def _run_name(name: str) -> str:
     for kind in ("objects", "blocks"):
         items = parameters.get(kind)
         if items:
-            first = items[0] if isinstance(items[0], str) else items[0]["uri"]
-            return f"{name}: {len(items)} {kind} from {first.rsplit('/', 1)[-1][:40]}"
+            first = items[0][:12] if kind == "blocks" else str(items[0]["uri"]).rsplit("/", 1)[-1][:40]
+            return f"{name}: {len(items)} {kind} from {first}"
     return f"{name}: {parameters['name']}" if "name" in parameters else name
 
 
