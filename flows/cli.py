@@ -44,8 +44,6 @@ def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our logs.")] = False,
 ) -> None:
     """Set up logging: quiet unless asked."""
-    if not os.environ.get("PREFECT_API_URL"):
-        os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -194,7 +192,7 @@ def watch(config: Config, set_: Overrides = None, json_: AsJson = False) -> None
 
     loaded = load_config(config, overrides=set_ or [])
     found = look(loaded)
-    if found["is_changed"] and os.environ.get("PREFECT_API_URL"):
+    if found["is_changed"] and _has_server():
         announce(loaded, found)
     _emit(found, json_, lambda: show_changes(found))
 
@@ -257,7 +255,11 @@ def report(
     if output is None:
         place = write_report(opened, run_id)
     else:
-        output.write_text(render_report(opened, run_id), encoding="utf-8")
+        page = render_report(opened, run_id)
+        try:
+            output.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
         place = str(output.resolve())
     _emit({"run_id": run_id, "report": place}, json_, lambda: typer.echo(place))
 
@@ -274,15 +276,21 @@ def _run_until(until: Until, config: Path, overrides: list[str] | None, json_: b
 def _curate(config: CurationConfig, until: Until) -> dict[str, Any]:
     from flows.console import note, progress_bars
 
-    if not os.environ.get("PREFECT_API_URL"):
+    if not _has_server():
         note("starting a temporary Prefect server (10 to 30 s; set PREFECT_API_URL to use one that runs)")
     from flows.curate import curate
-    from tasks.progress import listen
+    from tasks.progress import listening
 
-    with progress_bars() as bars:
-        listen(bars)
+    with progress_bars() as bars, listening(bars):
         summary: dict[str, Any] = curate(config, until)
     return summary
+
+
+def _has_server() -> bool:
+    """Whether a Prefect server is configured, by variable or by profile."""
+    from prefect.settings import get_current_settings
+
+    return bool(get_current_settings().api.url)
 
 
 def _numbers(text: str) -> list[int]:

@@ -177,6 +177,9 @@ def show_lineage(found: Json) -> None:
         _OUT.print(f"[bold]export {plain(found['name'])}/{found['version']}[/bold]: {found['rows']:,} rows")
         for file in found["files"]:
             _OUT.print(f"  {plain(file['path'])}  {file['rows']:,} rows  sha256 {file['sha256'][:12]}")
+    if run is None:
+        _OUT.print(f"[yellow]its run {plain(found['run_id'])} left no record[/yellow]")
+        return
     _OUT.print(f"[bold]run {plain(run['run_id'])}[/bold] {run['status']}, started {run['started']}")
     _OUT.print(
         f"  config {run['config_fingerprint'][:12]}  code {run['code']['version']} {run['code']['commit'] or ''}"
@@ -204,7 +207,8 @@ def _show_row(found: Json) -> None:
         )
     for item in found["decisions"]:
         fate = "kept" if item["kept"] else f"dropped ({item['reason']})"
-        _OUT.print(f"  run {item['run_id']}: value {item['value']:+.4f}, rank {item['rank']:,}, {fate}")
+        place = "no value" if item["value"] is None else f"value {item['value']:+.4f}, rank {item['rank']:,}"
+        _OUT.print(f"  run {item['run_id']}: {place}, {fate}")
     for export in found["exports"]:
         _OUT.print(f"  in export {plain(export)}")
     _OUT.print(f"  model {plain(found['model']['name'])} {found['model'].get('fingerprint', '')[:12]}")

@@ -21,7 +21,7 @@ Runner = TaskRunner[Any]
 
 _INGEST_BYTES = 256 * 2**20
 _SKETCH_ROWS = 4 * 2_048
-_VALUE_ROWS = 16 * 2_048
+_VALUE_ROWS = 4 * 2_048
 
 
 def task_runner(config: CurationConfig) -> ThreadPoolTaskRunner[Any]:
@@ -49,7 +49,7 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig) -> Json:
         for item in objects:
             stage.read_source(item["uri"], sha256=item["object_sha"], rows=item["rows"])
         stage.wrote(published["outputs"][0], sha256=published["snapshot_id"], rows=published["rows"])
-        stage.cached = published["version"] == seen["parent"]
+        stage.cached = published["version"] == seen["parent"] and not objects
     run.record["corpus"] |= {"version": published["version"], "snapshot_id": published["snapshot_id"]}
     run.counts |= {
         "rows": published["rows"],
@@ -85,7 +85,7 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
     run.record["model"]["fingerprint"] = plan["model_fingerprint"]
     run.counts |= {
         "rows_sketched": plan["rows_missing"],
-        "rows_reused": corpus["rows"] - plan["rows_missing"],
+        "rows_reused": sum(plan["rows"]) - plan["rows_missing"],
         "tokens": counted["tokens"],
     }
     return plan
@@ -165,7 +165,7 @@ def explain(
     """Evaluate where rows carry labels, and collect examples for the report."""
     call = {"config": config, "version": corpus["version"], **valued}
     figures = None
-    with run.stage("evaluate") as stage:
+    with run.stage("evaluate" if evaluation else "examples") as stage:
         if evaluation:
             (evaluated,) = run_all(runner, evaluate_targets, [call], store_uri=config.store)
             figures = evaluated["evaluation"]

@@ -50,7 +50,14 @@ def _trace_export(store: Store, name: str, version: str) -> Json:
         known = ", ".join(manifest["version"] for manifest in manifests) or "none finished"
         raise ConfigError(f"{store.uri} has no export {name}/{version}; versions: {known}")
     manifest = chosen[-1]
-    return {"kind": "export", **manifest, "run": read_run(store, manifest["run_id"])}
+    made_by = store.get_json(f"exports/{name}/{manifest['version']}/lineage.json")
+    recorded = manifest["run_id"] in list_runs(store)
+    return {
+        "kind": "export",
+        **manifest,
+        "lineage": made_by,
+        "run": read_run(store, manifest["run_id"]) if recorded else None,
+    }
 
 
 def _trace_row(store: Store, prefix: str) -> Json:

@@ -67,8 +67,9 @@ def plan_run(config: CurationConfig) -> Json:
     indexed = list_indexed(store, identity, rows_of, dim=config.sketch.dim)
     before = set(block_rows(store, version)) if version else set()
     to_sketch = sum(rows for block, rows in rows_of.items() if block not in indexed)
+    sources = [*diff.added, *diff.changed, *(entry.listed for entry in diff.unchanged)]
     done = list(read_records(store, identity, indexed).values())
-    cost = estimate(store, config, [*diff.added, *diff.changed], list(blocks.values()), done)
+    cost = estimate(store, config, sources, list(blocks.values()), done)
     return {
         "corpus": config.corpus.name,
         "index_id": identity,

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rise_ops.heap import steady_heap
 from rise_ops.index import BlockRecord, Float16Array, iter_signatures, read_counts, read_records
 from rise_ops.progress import Progress, silent
 from rise_ops.store import Store
@@ -48,6 +49,7 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     IntegrityError
         A stored chunk is missing or damaged.
     """
+    steady_heap()
     scorer = _Scorer(queries)
     chunks = _ahead((record, chunk) for record in records for chunk in iter_signatures(store, identity, record))
     for record in records:

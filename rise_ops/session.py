@@ -43,7 +43,7 @@ def open_signer(store: Store, config: CurationConfig) -> Signer:
         The model cannot be loaded or fails its probe.
     """
     with _SIGNER_LOCK:
-        return _signer(store.uri, config.model, config.sketch, int(config.limits.memory))
+        return _signer(store.uri, config.model, config.sketch, int(config.limits.memory) // config.runner.workers)
 
 
 @lru_cache(2)

@@ -20,7 +20,7 @@ from rise_ops.corpus import CorpusVersion, current_version
 from rise_ops.errors import IntegrityError
 from rise_ops.export import list_exports
 from rise_ops.hashing import fingerprint
-from rise_ops.index import BlockRecord, list_indexed
+from rise_ops.index import BlockRecord, list_indexed, read_record
 from rise_ops.store import Store
 
 Json = dict[str, Any]
@@ -86,21 +86,31 @@ def _block(store: Store, version: CorpusVersion, block_id: str, there: set[str],
 def _indexes(store: Store, *, deep: bool) -> Iterator[Fault | None]:
     for identity in store.children("indexes"):
         prefix = f"indexes/{identity}/blocks/"
-        names = [key for key, _ in store.list(prefix) if key.count("/") == 3 and key.endswith(".json")]
-        records = [BlockRecord.from_json(store.get_json(key)) for key in sorted(names)]
-        for record in records:
-            whole = list_indexed(store, identity, {record.block_id: record.rows}, dim=record.dim)
-            yield _index_block(store, f"{prefix}{record.block_id}", record, whole=bool(whole), deep=deep)
+        records: dict[int, list[BlockRecord]] = {}
+        for key in sorted(key for key, _ in store.list(prefix) if key.count("/") == 3 and key.endswith(".json")):
+            block_id = key.removeprefix(prefix).removesuffix(".json")
+            try:
+                record = read_record(store, identity, block_id)
+            except IntegrityError as error:
+                yield Fault(key, str(error), "delete it and run `curate index`")
+                continue
+            records.setdefault(record.dim, []).append(record)
+        for dim, same in records.items():
+            whole = list_indexed(store, identity, {record.block_id: record.rows for record in same}, dim=dim)
+            for record in same:
+                yield _index_block(
+                    store, f"{prefix}{record.block_id}", record, whole=record.block_id in whole, deep=deep
+                )
 
 
 def _index_block(store: Store, key: str, record: BlockRecord, *, whole: bool, deep: bool) -> Fault | None:
     if not whole:
-        return Fault(f"{key}.zarr", "lacks chunks", "run `curate index`: it computes this block again")
+        return Fault(f"{key}.zarr", "lacks objects", "run `curate index`: it computes this block again")
     if deep:
         for name, checksum in record.crc32c.items():
-            if google_crc32c.value(store.get(f"{key}.zarr/{name}")) != checksum:
-                problem = f"{name} does not match its checksum"
-                return Fault(f"{key}.zarr", problem, f"delete {store.url(key)}.json and run `curate index`")
+            damaged = f"{key}.zarr/{name}"
+            if google_crc32c.value(store.get(damaged)) != checksum:
+                return Fault(damaged, "does not match its checksum", "delete this object and run `curate index`")
     return None
 
 

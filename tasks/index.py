@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
 from rise_ops.index import index_id, list_indexed, prepare_index, read_records, sketch_blocks
@@ -12,10 +10,6 @@ from rise_ops.store import Store
 from rise_ops.trunk import model_fingerprint
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
-
-
-def _identity(call: Any) -> Any:
-    return [call["index_id"], call["blocks"]]
 
 
 @stage("plan-index")
@@ -54,9 +48,9 @@ def open_model(store_uri: str, config: CurationConfig) -> Json:
     }
 
 
-@stage("sketch", key=_identity)
+@stage("sketch")
 def sketch(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: int) -> Json:
-    """Compute the signatures of a batch of blocks."""
+    """Compute the signatures of blocks that the index lacks. Not cached: the index itself is the cache."""
     store = Store(store_uri)
     signer = open_signer(store, config)
     records = sketch_blocks(store, index_id, blocks, signer=signer, progress=stage_progress("sketch", rows))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rise_ops.config import CorpusConfig, LimitsConfig
-from rise_ops.corpus import current_version, diff_sources, list_sources
+from rise_ops.corpus import current_version, diff_sources, list_sources, read_version
 from rise_ops.ingest import IngestedObject, ingest_object, publish
 from rise_ops.rows import ingest_fingerprint
 from rise_ops.session import block_rows
@@ -17,6 +17,8 @@ from tasks.progress import stage_progress
 
 
 def _identity(call: Any) -> Any:
+    if any(item["etag"] is None and item["mtime"] is None for item in call["objects"]):
+        return None  # nothing tells one state of such an object from another
     return [call["objects"], ingest_fingerprint(call["corpus"].fields, call["limits"])]
 
 
@@ -66,7 +68,7 @@ def publish_corpus(
 ) -> Json:
     """Pack small objects, check the limit on bad rows, and publish the corpus version."""
     store = Store(store_uri)
-    version = current_version(store, corpus.name)
+    version = None if parent is None else read_version(store, corpus.name, parent)
     same = set(unchanged)
     entries = [entry for entry in version.sources if entry.uri in same] if version else []
     published = publish(

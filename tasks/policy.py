@@ -49,15 +49,16 @@ def stage(
     version
         Raised when the stage computes something else from the same input: old results no longer count.
     key
-        From the call's parameters, what its result depends on; None: never cached.
+        From the call's parameters, what its result depends on. Without it, or where it gives None, never cached.
     """
 
     def cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str | None:
         from rise_ops.signatures import ESTIMATOR_VERSION
 
-        if key is None:
+        identity = None if key is None else key(parameters)
+        if identity is None:
             return None
-        return f"{name}-{fingerprint([name, version, ESTIMATOR_VERSION, parameters['store_uri'], key(parameters)])}"
+        return f"{name}-{fingerprint([name, version, ESTIMATOR_VERSION, parameters['store_uri'], identity])}"
 
     def wrap(function: Callable[..., Json]) -> Task[..., Json]:
         cached: Json = {"cache_key_fn": cache_key} if key else {"cache_policy": NO_CACHE}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 from uuid import UUID
 
@@ -24,13 +25,19 @@ _lock = threading.Lock()
 _done: dict[str, int] = {}
 
 
-def listen(listener: Listener) -> None:
-    """Call `listener(stage, done, total)` from now on."""
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Call `listener(stage, done, total)` while the context lasts."""
+    _done.clear()
     _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def stage_progress(stage: str, total: int | None) -> Progress:
-    """Progress of one task of a stage; tasks of the same stage add up for the listeners."""
+    """Progress of one task of a stage. Tasks of a stage add up; `total` is the whole stage's."""
     artifact = None
     if total and TaskRunContext.get() is not None:
         text = f"{stage}: {total:,} rows"
@@ -44,9 +51,9 @@ def stage_progress(stage: str, total: int | None) -> Progress:
             _done[stage] = _done.get(stage, 0) + done - seen
             seen = done
             for listener in _listeners:
-                listener(stage, _done[stage], None)
+                listener(stage, _done[stage], total)
         if artifact is not None and total and time.monotonic() - shown >= _PERIOD:
             shown = time.monotonic()
-            update_progress_artifact(artifact, progress=min(100.0, 100.0 * done / total))
+            update_progress_artifact(artifact, progress=min(100.0, 100.0 * _done[stage] / total))
 
     return report

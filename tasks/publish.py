@@ -1,4 +1,4 @@
-"""Tasks that end a run: export, evaluation, examples, record and report."""
+"""Tasks that end a run: export, evaluation and examples."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from rise_ops.corpus import read_version
 from rise_ops.evaluation import evaluate_run
 from rise_ops.examples import write_examples
 from rise_ops.export import export_rows
-from rise_ops.report import write_report
-from rise_ops.runs import write_run
 from rise_ops.store import Store
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
@@ -71,11 +69,3 @@ def collect_examples(
         evaluation=evaluation,
     )
     return {"outputs": [key]}
-
-
-@stage("record")
-def record_run(store_uri: str, record: Json, report: bool) -> Json:
-    """Write the run's record and its report."""
-    store = Store(store_uri)
-    uri = write_run(store, record)
-    return {"record": uri, "report": write_report(store, record["run_id"]) if report else None}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from rise_ops.config import CurationConfig
-from rise_ops.errors import StoreError, TransientError
+from rise_ops.errors import ConfigError, CurationError
 from rise_ops.report import write_report
 from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
 from rise_ops.store import Store
@@ -51,6 +51,8 @@ class Recorder:
     def __init__(self, config: CurationConfig, *, name: str, run_id: str | None) -> None:
         self.store = Store(config.store)
         self.run_id = run_id or new_run_id(config.corpus.name)
+        if run_id is not None and self.store.children(f"runs/{run_id}"):
+            raise ConfigError(f"run {run_id} is in {config.store} already; give another run_id, or none")
         self.counts: Json = {}
         self.report: str | None = None
         self._clock = time.perf_counter()
@@ -76,7 +78,9 @@ class Recorder:
     def stage(self, name: str) -> Iterator[Stage]:
         """Time a stage and keep its record; a stage that fails leaves none."""
         started, clock, stage = now(), time.perf_counter(), Stage(self.store)
+        self.record["failed_stage"] = name
         yield stage
+        self.record["failed_stage"] = None
         self.record["stages"].append(
             stage_record(
                 name,
@@ -99,8 +103,9 @@ class Recorder:
             write_run(self.store, self.record)
             self.report = write_report(self.store, self.run_id)
             self._publish_artifacts()
-        elif isinstance(error, Exception) and not isinstance(error, (StoreError, TransientError)):
-            write_run(self.store, self.record)  # a store that refuses would only hide the error behind its own
+        else:
+            with suppress(CurationError):  # a store that refuses would hide the error behind its own
+                write_run(self.store, self.record)
 
     def summary(self) -> Json:
         """The run as `curate run --json` prints it."""

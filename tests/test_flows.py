@@ -101,7 +101,7 @@ def test_a_run_can_stop_after_a_stage(config_path: Path) -> None:
     assert list(curate(config, "ingest")["stages"]) == ["ingest"]
     assert list(index_corpus(config)["stages"]) == ["ingest", "index"]
     valued = curate(config, "value")
-    assert list(valued["stages"]) == ["ingest", "index", "value", "select", "evaluate"]
+    assert list(valued["stages"]) == ["ingest", "index", "value", "select", "examples"]
     assert valued["export"] is None
 
 

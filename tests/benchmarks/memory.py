@@ -135,7 +135,7 @@ def _value(store: Store, config: CurationConfig, dim: int) -> None:
     target = Target("benchmark", pl.DataFrame({"doc_id": [str(number) for number in range(QUERIES)]}), queries)
     rows_of = _blocks(store, config)
     first = 0
-    for part, blocks in enumerate(split(list(rows_of), list(rows_of.values()), target=16 * 2_048)):
+    for part, blocks in enumerate(split(list(rows_of), list(rows_of.values()), target=4 * 2_048)):
         score_part(
             store,
             _INDEX,
