@@ -24,7 +24,7 @@ from rise_ops.errors import IntegrityError, SourceError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.objects import BlockCount, places_key
 from rise_ops.readers import format_of, open_rows
-from rise_ops.rows import CanonicalRow, RowFault, canonical_row
+from rise_ops.rows import CanonicalRow, RowFault, canonical_row, ingest_fingerprint
 from rise_ops.sources import SourceObject, hash_object, list_objects, stat_object
 from rise_ops.store import Store
 
@@ -38,6 +38,7 @@ __all__ = [
     "current_version",
     "diff_sources",
     "list_sources",
+    "look_at_sources",
     "placements",
     "read_block",
     "read_rows",
@@ -185,6 +186,21 @@ def diff_sources(listing: Sequence[SourceObject], version: CorpusVersion | None,
         else:
             changed.append(item)
     return SourceDiff(tuple(added), tuple(changed), tuple(known.values()), tuple(unchanged))
+
+
+def look_at_sources(
+    store: Store, corpus: CorpusConfig, limits: LimitsConfig
+) -> tuple[CorpusVersion | None, SourceDiff]:
+    """The corpus' current version, and what a fresh listing of its sources changes in it. Reads no source.
+
+    Raises
+    ------
+    SourceError, ConfigError, TransientError
+        As `list_sources`.
+    """
+    version = current_version(store, corpus.name)
+    settings = ingest_fingerprint(corpus.fields, limits)
+    return version, diff_sources(list_sources(corpus, store=store), version, settings)
 
 
 def write_snapshot(store: Store, blocks: Iterable[BlockCount]) -> str:

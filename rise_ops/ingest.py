@@ -15,7 +15,7 @@ from typing import Any
 
 from rise_ops.blocks import RowBuffer, block_key, ends_block, write_block
 from rise_ops.config import CorpusConfig, CurationConfig, LimitsConfig
-from rise_ops.corpus import CorpusVersion, current_version, diff_sources, list_sources
+from rise_ops.corpus import CorpusVersion, look_at_sources
 from rise_ops.errors import SourceError
 from rise_ops.objects import (
     BlockCount,
@@ -127,9 +127,7 @@ def ingest_corpus(
     SourceError, BadRowsError, ConflictError, StoreError, TransientError
     """
     corpus, limits = config.corpus, config.limits
-    listing = list_sources(corpus, store=store)
-    version = current_version(store, corpus.name)
-    diff = diff_sources(listing, version, ingest_fingerprint(corpus.fields, limits))
+    _, diff = look_at_sources(store, corpus, limits)
     objects: list[IngestedObject] = []
     before = 0
     for source in (*diff.added, *diff.changed):

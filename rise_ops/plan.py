@@ -16,14 +16,14 @@ from itertools import islice
 from typing import Any
 
 from rise_ops.config import CurationConfig
-from rise_ops.corpus import SourceDiff, current_version, diff_sources, list_sources
+from rise_ops.corpus import SourceDiff, look_at_sources
 from rise_ops.index import BlockRecord, index_id, list_indexed, read_records
 from rise_ops.ingest import preview_object
 from rise_ops.model_files import model_fingerprint, resolve_model, stored_bytes
 from rise_ops.objects import BlockCount, ObjectRecord, read_record, record_key
 from rise_ops.packs import pack_id, plan_packs
 from rise_ops.readers import open_rows
-from rise_ops.rows import RowFault, canonical_row, ingest_fingerprint
+from rise_ops.rows import RowFault, canonical_row
 from rise_ops.session import block_rows, open_signer
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
@@ -56,9 +56,7 @@ def plan_run(config: CurationConfig) -> Json:
         What a run would also stumble over.
     """
     store = Store(config.store)
-    version = current_version(store, config.corpus.name)
-    listing = list_sources(config.corpus, store=store)
-    diff = diff_sources(listing, version, ingest_fingerprint(config.corpus.fields, config.limits))
+    version, diff = look_at_sources(store, config.corpus, config.limits)
     identity = index_id(model_fingerprint(config.model), config.sketch)
     records = list(_records(store, config, diff))
     blocks = {block.block_id: block for record in records for block in record.blocks}

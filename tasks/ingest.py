@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rise_ops.config import CorpusConfig, LimitsConfig
-from rise_ops.corpus import current_version, diff_sources, list_sources, read_version
+from rise_ops.corpus import look_at_sources, read_version
 from rise_ops.ingest import IngestedObject, ingest_object, publish
 from rise_ops.rows import ingest_fingerprint
 from rise_ops.session import block_rows
@@ -26,8 +26,7 @@ def _identity(call: Any) -> Any:
 def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig) -> Json:
     """List the sources and compare them with the corpus' current version."""
     store = Store(store_uri)
-    version = current_version(store, corpus.name)
-    diff = diff_sources(list_sources(corpus, store=store), version, ingest_fingerprint(corpus.fields, limits))
+    version, diff = look_at_sources(store, corpus, limits)
     return {
         "parent": version.version if version else None,
         "read": [asdict(source) for source in (*diff.added, *diff.changed)],

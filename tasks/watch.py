@@ -5,8 +5,7 @@ from __future__ import annotations
 from prefect.events import emit_event
 
 from rise_ops.config import CurationConfig
-from rise_ops.corpus import current_version, diff_sources, list_sources
-from rise_ops.rows import ingest_fingerprint
+from rise_ops.corpus import look_at_sources
 from rise_ops.store import Store
 from tasks.policy import Json
 
@@ -16,9 +15,7 @@ EVENT = "curation.corpus.changed"
 def look(config: CurationConfig) -> Json:
     """Compare a listing of the sources with the current version. Reads no source object, writes nothing."""
     store = Store(config.store)
-    version = current_version(store, config.corpus.name)
-    settings = ingest_fingerprint(config.corpus.fields, config.limits)
-    diff = diff_sources(list_sources(config.corpus, store=store), version, settings)
+    version, diff = look_at_sources(store, config.corpus, config.limits)
     found = {name: [item.uri for item in getattr(diff, name)] for name in ("added", "changed", "removed")}
     return {
         "corpus": config.corpus.name,
