@@ -63,19 +63,17 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig) -> Json:
 
 
 def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -> Json:
-    """Compute the signatures that the index lacks."""
-    call = {"config": config, "version": corpus["version"]}
+    """Fill the index: copy the signatures that it holds in other blocks, compute the rest."""
+    call = {"config": config, "version": corpus["version"], "run_id": run.run_id}
     with run.stage("index") as stage:
         (plan,) = run_all(runner, plan_index, [call], store_uri=config.store)
-        if plan["missing"]:
+        if plan["rows_to_sketch"]:
             (model,) = run_all(runner, open_model, [{"config": config}], store_uri=config.store)
             run.record["model"] |= {name: model[name] for name in ("parameters", "dtype", "device")}
+        common = {name: plan[name] for name in ("index_id", "reuse")} | {"rows": sum(plan["missing_rows"])}
         batches = split(plan["missing"], plan["missing_rows"], target=_SKETCH_ROWS)
-        calls = [
-            {"config": config, "index_id": plan["index_id"], "blocks": batch, "rows": plan["rows_missing"]}
-            for batch in batches
-        ]
-        run_all(runner, sketch, calls, store_uri=config.store)
+        calls = [{"config": config, "blocks": batch, **common} for batch in batches]
+        filled = run_all(runner, sketch, calls, store_uri=config.store)
         counting = {"index_id": plan["index_id"], "blocks": plan["blocks"]}
         (counted,) = run_all(runner, count_tokens, [counting], store_uri=config.store)
         stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
@@ -83,9 +81,11 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
         stage.cached = not plan["missing"]
     run.record["index_id"] = plan["index_id"]
     run.record["model"]["fingerprint"] = plan["model_fingerprint"]
+    sketched = sum(batch["rows_sketched"] for batch in filled)
     run.counts |= {
-        "rows_sketched": plan["rows_missing"],
-        "rows_reused": sum(plan["rows"]) - plan["rows_missing"],
+        "rows_sketched": sketched,
+        "rows_reused": sum(plan["rows"]) - sketched,
+        "blocks_written": len(plan["missing"]),
         "tokens": counted["tokens"],
     }
     return plan

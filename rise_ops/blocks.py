@@ -21,6 +21,7 @@ from json.encoder import encode_basestring as _quoted
 from typing import TYPE_CHECKING, Any
 
 from rise_ops.errors import IntegrityError, MissingObjectError
+from rise_ops.hashing import fingerprint
 from rise_ops.rows import CanonicalRow
 from rise_ops.store import Store
 
@@ -126,6 +127,44 @@ def read_block(store: Store, block_id: str, columns: Sequence[str] | None = None
             "into a new store (`curate verify` lists everything that is missing)"
         ) from error
     return read_parquet(data, where=store.url(key), columns=columns, known_format=BLOCK_FORMAT)
+
+
+def read_doc_ids(store: Store, block_id: str) -> pl.Series:
+    """doc_ids of a block's rows, in order; nothing else of it is read.
+
+    Raises
+    ------
+    IntegrityError
+        The block is missing or damaged.
+    """
+    import polars as pl
+
+    key = block_key(block_id)
+    try:
+        found: pl.Series = store.scan_parquet([key]).select("doc_id").collect()["doc_id"]
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise IntegrityError(f"{store.url(key)} is missing or damaged ({str(error).splitlines()[0][:300]})") from error
+    return found
+
+
+def read_texts(store: Store, block_id: str) -> list[str]:
+    """Texts of a block's rows, in order, each checked against its doc_id.
+
+    Raises
+    ------
+    IntegrityError
+        The block is missing, or holds other rows than its doc_ids name.
+    """
+    frame = read_block(store, block_id, columns=["doc_id", "text", "prompt"])
+    texts: list[str] = frame["text"].to_list()
+    if frame["doc_id"].to_list() != doc_ids(texts, frame["prompt"].to_list()):
+        raise IntegrityError(f"{store.url(block_key(block_id))} does not hold the content that its doc_ids name")
+    return texts
+
+
+def doc_ids(texts: Sequence[str], prompts: Sequence[str | None]) -> list[str]:
+    """Identities of rows: the SHA-256 of text and prompt (`rise_ops.rows`)."""
+    return [fingerprint([text, prompt]) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def block_schema(*extra: tuple[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rise_ops.blocks import FORMAT_KEY, read_block
 from rise_ops.config import CorpusConfig, FieldMap, LimitsConfig
-from rise_ops.errors import IntegrityError, SourceError
+from rise_ops.errors import IntegrityError, MissingObjectError, SourceError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.objects import BlockCount, places_key
 from rise_ops.readers import format_of, open_rows
@@ -39,6 +39,7 @@ __all__ = [
     "diff_sources",
     "list_sources",
     "look_at_sources",
+    "parent_version",
     "placements",
     "read_block",
     "read_rows",
@@ -166,6 +167,16 @@ def current_version(store: Store, name: str) -> CorpusVersion | None:
     matches = (_VERSION_NAME.match(child) for child in store.children(f"corpora/{name}/versions"))
     numbers = [int(match[1]) for match in matches if match]
     return read_version(store, name, max(numbers)) if numbers else None
+
+
+def parent_version(store: Store, version: CorpusVersion) -> CorpusVersion | None:
+    """The version before, or None for the first one and where the one before was removed."""
+    if version.parent is None:
+        return None
+    try:
+        return read_version(store, version.corpus, version.parent)
+    except MissingObjectError:
+        return None
 
 
 def diff_sources(listing: Sequence[SourceObject], version: CorpusVersion | None, ingest_fingerprint: str) -> SourceDiff:

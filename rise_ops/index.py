@@ -16,7 +16,6 @@ damaged after its record was written is repaired by `write_block`; readers only 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,7 +29,6 @@ import numpy.typing as npt
 from rise_ops.config import ModelConfig, SketchConfig
 from rise_ops.errors import IntegrityError, MissingObjectError, ModelError
 from rise_ops.hashing import fingerprint
-from rise_ops.progress import Progress, silent
 from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
 from rise_ops.store import Store, named_errors
 
@@ -58,16 +56,26 @@ class BlockRecord:
     """Checksum of every stored object of the group, by its key below the group."""
     seconds: float
     """Time that computing it took."""
+    rows_sketched: int
+    """Rows that were computed; the signatures of the others were copied from blocks that had them."""
+    tokens_sketched: int
+    """Their tokens."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BlockRecord:
         """Read the JSON form."""
-        return cls(**{name: value[name] for name in cls.__slots__})
+        before_reuse = {"rows_sketched": value["rows"], "tokens_sketched": value["tokens"]}
+        return cls(**{name: value[name] if name in value else before_reuse[name] for name in cls.__slots__})
 
 
 def index_id(model_fingerprint: str, sketch: SketchConfig) -> str:
     """Identity of an index: model, sketch and estimator version."""
     return fingerprint([model_fingerprint, sketch.fingerprint, ESTIMATOR_VERSION])
+
+
+def index_key(identity: str) -> str:
+    """Where the description of an index is in the store."""
+    return f"indexes/{identity}/index.json"
 
 
 def prepare_index(store: Store, signer: Signer, *, model: ModelConfig) -> str:
@@ -80,7 +88,7 @@ def prepare_index(store: Store, signer: Signer, *, model: ModelConfig) -> str:
     """
     trunk = signer.trunk
     identity = index_id(trunk.fingerprint, signer.sketch)
-    key = f"indexes/{identity}/index.json"
+    key = index_key(identity)
     signer.tables.save(store, f"indexes/{identity}/tables.zarr")
     document = {
         "format_version": FORMAT_VERSION,
@@ -112,9 +120,9 @@ def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, 
         The store has no index of this model and sketch; the message says which it has.
     """
     try:
-        return store.get_json(f"indexes/{identity}/index.json", format_version=FORMAT_VERSION)
+        return store.get_json(index_key(identity), format_version=FORMAT_VERSION)
     except MissingObjectError:
-        others = [store.get_json(f"indexes/{name}/index.json") for name in list_indexes(store)]
+        others = [store.get_json(index_key(name)) for name in list_indexes(store)]
         known = "; ".join(
             f"{item['model']['name']} ({item['model']['fingerprint'][:12]}), temperature "
             f"{item['sketch']['temperature']}, {item['dim']} wide"
@@ -128,29 +136,56 @@ def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, 
 
 def list_indexes(store: Store) -> list[str]:
     """Ids of the indexes in a store. One whose creation was interrupted is not there."""
-    return [name for name in store.children("indexes") if store.exists(f"indexes/{name}/index.json")]
+    return [name for name in store.children("indexes") if store.exists(index_key(name))]
+
+
+class IndexListing:
+    """One listing of an index: which blocks are there, and which of them are complete. No data is read.
+
+    Parameters
+    ----------
+    store, identity
+        The index.
+    """
+
+    def __init__(self, store: Store, identity: str) -> None:
+        prefix = f"indexes/{identity}/blocks/"
+        self._sizes = {key.removeprefix(prefix): size for key, size in store.list(prefix)}
+
+    @property
+    def recorded(self) -> list[str]:
+        """Blocks with a completion record, sorted."""
+        return sorted(name.removesuffix(".json") for name in self._sizes if name.endswith(".json") and "/" not in name)
+
+    def complete(self, rows_of: Mapping[str, int], *, dim: int) -> set[str]:
+        """Blocks of `rows_of` (block id to rows) that are recorded, with every object there in full size."""
+        sizes = self._sizes
+        return {
+            block_id
+            for block_id, rows in rows_of.items()
+            if f"{block_id}.json" in sizes and _is_whole(sizes, f"{block_id}.zarr/", rows, dim)
+        }
 
 
 def list_indexed(store: Store, identity: str, rows_of: Mapping[str, int], *, dim: int) -> set[str]:
-    """Blocks of `rows_of` (block id to rows) that are complete: recorded, every object there in full size.
-
-    One listing of the index; no data is read.
-    """
-    prefix = f"indexes/{identity}/blocks/"
-    sizes = {key.removeprefix(prefix): size for key, size in store.list(prefix)}
-
-    return {
-        block_id
-        for block_id, rows in rows_of.items()
-        if f"{block_id}.json" in sizes and _is_whole(sizes, f"{block_id}.zarr/", rows, dim)
-    }
+    """`IndexListing.complete` of a fresh listing."""
+    return IndexListing(store, identity).complete(rows_of, dim=dim)
 
 
 def write_block(store: Store, identity: str, block_id: str, signatures: RowSignatures, *, seconds: float,
-                producer: Mapping[str, str]) -> BlockRecord:  # fmt: skip
+                producer: Mapping[str, str], sketched: Sequence[int] | None = None) -> BlockRecord:  # fmt: skip
     """Store a block's signatures; its completion record comes last. Returns the record.
 
     A block that is complete stays as it is. Of an incomplete one, every object that is as it should be stays.
+
+    Parameters
+    ----------
+    seconds
+        Time that computing the signatures took.
+    producer
+        What computed them.
+    sketched
+        Rows that were computed; all where None.
 
     Raises
     ------
@@ -164,12 +199,15 @@ def write_block(store: Store, identity: str, block_id: str, signatures: RowSigna
         return read_record(store, identity, block_id)
     _discard_damaged(store, identity, block_id, sizes, _sizes(rows, dim))
     write_signatures(store, group_key, signatures)
+    computed = np.arange(rows) if sketched is None else np.asarray(sketched, dtype=np.int64)
     record = {
         "format_version": FORMAT_VERSION,
         "block_id": block_id,
         "rows": rows,
         "dim": dim,
         "tokens": int(signatures.tokens.sum()),
+        "rows_sketched": len(computed),
+        "tokens_sketched": int(signatures.tokens[computed].sum()),
         "chunk_rows": _chunking(rows, dim)[0],
         "crc32c": checksums(store, group_key),
         "seconds": round(seconds, 3),
@@ -267,17 +305,28 @@ def read_counts(store: Store, identity: str, record: BlockRecord,
 def iter_signatures(store: Store, identity: str, record: BlockRecord) -> Iterator[Float16Array]:
     """A block's signatures chunk by chunk, each [chunk_rows or fewer, dim] float16, checked on the way.
 
-    Reads the stored chunk objects themselves: uncompressed little-endian rows, which NumPy can use in place.
-
     Raises
     ------
     IntegrityError
         A chunk is missing or differs from its checksum.
     """
-    for chunk, start in enumerate(range(0, record.rows, record.chunk_rows)):
-        data = _read_checked(store, identity, record, f"signature/c/{chunk}/0")
-        rows = min(record.chunk_rows, record.rows - start)
-        yield np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
+    for chunk in range(-(-record.rows // record.chunk_rows)):
+        yield read_chunk(store, identity, record, chunk)
+
+
+def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> Float16Array:
+    """The rows of one chunk, [chunk_rows or fewer, dim] float16, checked.
+
+    Reads the stored object itself: uncompressed little-endian rows, which NumPy can use in place.
+
+    Raises
+    ------
+    IntegrityError
+        The chunk is missing or differs from its checksum.
+    """
+    data = _read_checked(store, identity, record, f"signature/c/{chunk}/0")
+    rows = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
+    return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
 
 
 def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
@@ -294,29 +343,6 @@ def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -
             "`curate index` to compute it again"
         )
     return data
-
-
-def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, signer: Signer,
-                  progress: Progress = silent) -> list[BlockRecord]:  # fmt: skip
-    """Compute and store the signatures of blocks, one after the other.
-
-    `progress` counts rows. A block is visible when its record is; stopping in between loses one block.
-    """
-    from rise_ops.corpus import read_block
-
-    trunk = signer.trunk
-    producer = {"device": str(trunk.device), "dtype": str(trunk.dtype).removeprefix("torch.")}
-    records = []
-    done = 0
-    for block_id in block_ids:
-        started = time.perf_counter()
-        texts = read_block(store, block_id, columns=["text"])["text"].to_list()
-        signatures = signer.rows(texts)
-        seconds = time.perf_counter() - started
-        records.append(write_block(store, identity, block_id, signatures, seconds=seconds, producer=producer))
-        done += len(texts)
-        progress(done, None)
-    return records
 
 
 def _is_whole(sizes: Mapping[str, int], prefix: str, rows: int, dim: int) -> bool:

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
-from rise_ops.index import index_id, list_indexed, prepare_index, read_records, sketch_blocks
+from rise_ops.index import prepare_index, read_records
+from rise_ops.indexing import sketch_blocks
+from rise_ops.reuse import read_reuse
 from rise_ops.session import block_rows, open_signer
+from rise_ops.index_plan import plan_work
 from rise_ops.store import Store
-from rise_ops.trunk import model_fingerprint
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
 
 
 @stage("plan-index")
-def plan_index(store_uri: str, config: CurationConfig, version: int) -> Json:
-    """Which blocks of a corpus version the index lacks. The model is only fingerprinted, not loaded."""
+def plan_index(store_uri: str, config: CurationConfig, version: int, run_id: str) -> Json:
+    """Which blocks of a corpus version the index lacks, and which of their rows it has in other blocks.
+
+    The model is only fingerprinted, not loaded.
+    """
     store = Store(store_uri)
-    rows_of = block_rows(store, read_version(store, config.corpus.name, version))
-    fingerprint = model_fingerprint(config.model)
-    identity = index_id(fingerprint, config.sketch)
-    there = list_indexed(store, identity, rows_of, dim=config.sketch.dim)
-    missing = {block: rows for block, rows in rows_of.items() if block not in there}
-    return {
-        "index_id": identity,
-        "model_fingerprint": fingerprint,
-        "blocks": list(rows_of),
-        "rows": list(rows_of.values()),
-        "missing": list(missing),
-        "missing_rows": list(missing.values()),
-        "rows_missing": sum(missing.values()),
-    }
+    return plan_work(store, config, read_version(store, config.corpus.name, version), run_id=run_id).to_json()
 
 
 @stage("open-model")
@@ -49,13 +41,23 @@ def open_model(store_uri: str, config: CurationConfig) -> Json:
 
 
 @stage("sketch")
-def sketch(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: int) -> Json:
-    """Compute the signatures of blocks that the index lacks. Not cached: the index itself is the cache."""
+def sketch(
+    store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: int, reuse: str | None
+) -> Json:
+    """Fill blocks that the index lacks. Not cached: the index itself is the cache."""
     store = Store(store_uri)
-    signer = open_signer(store, config)
-    records = sketch_blocks(store, index_id, blocks, signer=signer, progress=stage_progress("sketch", rows))
+    records = sketch_blocks(
+        store,
+        index_id,
+        blocks,
+        dim=config.sketch.dim,
+        signer=lambda: open_signer(store, config),
+        reuse=read_reuse(store, reuse, blocks),
+        progress=stage_progress("sketch", rows),
+    )
     return {
         "rows": sum(record.rows for record in records),
+        "rows_sketched": sum(record.rows_sketched for record in records),
         "tokens": sum(record.tokens for record in records),
         "outputs": [f"indexes/{index_id}/blocks/{record.block_id}.json" for record in records],
     }

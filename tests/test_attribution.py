@@ -14,7 +14,8 @@ from rise_ops.attribution import Attribution, Hit, attribute, explain, find_extr
 from rise_ops.config import KeepConfig, load_config
 from rise_ops.evaluation import Label, evaluate_corpus
 from rise_ops.examples import HITS, QUERIES, ROWS, examples_key, write_examples
-from rise_ops.index import prepare_index, sketch_blocks
+from rise_ops.index import prepare_index
+from rise_ops.indexing import sketch_blocks
 from rise_ops.ingest import ingest_corpus
 from rise_ops.selection import decide
 from rise_ops.session import block_rows, open_signer
@@ -124,7 +125,7 @@ def test_the_library_alone_finds_planted_rows(tmp_path: Path) -> None:
     version, _ = ingest_corpus(store, config, run_id="run")
     signer = open_signer(store, config)
     identity = prepare_index(store, signer, model=config.model)
-    sketch_blocks(store, identity, list(block_rows(store, version)), signer=signer)
+    sketch_blocks(store, identity, list(block_rows(store, version)), dim=config.sketch.dim, signer=lambda: signer)
     found = attribute(store, config, read_queries(config.targets["backdoor"], limits=config.limits), k=5)
     figures = evaluate_corpus(store, config, "backdoor", label=Label.parse("label=backdoor"), ks=(5,))
     planted = [
