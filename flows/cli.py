@@ -36,6 +36,7 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a.b=value.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of stdout.")]
+Deep = Annotated[bool, typer.Option("--deep", help="Read every source object again, whatever its listing says.")]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="Root of the store: a folder or s3://bucket/prefix.")]
 
 
@@ -81,45 +82,45 @@ def demo(
 
 
 @app.command()
-def plan(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+def plan(config: Config, deep: Deep = False, set_: Overrides = None, json_: AsJson = False) -> None:
     """What a run would do and cost. Writes nothing."""
     from flows.console import show_plan
     from rise_ops.config import load_config
     from rise_ops.plan import plan_run
 
     loaded = load_config(config, overrides=set_ or [])
-    planned = plan_run(loaded)
+    planned = plan_run(loaded, deep=deep)
     _emit(planned, json_, lambda: show_plan(loaded, planned))
 
 
 @app.command()
-def run(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+def run(config: Config, deep: Deep = False, set_: Overrides = None, json_: AsJson = False) -> None:
     """Ingest, index, value, select, export, and evaluate where rows carry labels."""
-    _run_until("evaluate", config, set_, json_)
+    _run_until("evaluate", config, set_, json_, deep=deep)
 
 
 @app.command()
-def ingest(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+def ingest(config: Config, deep: Deep = False, set_: Overrides = None, json_: AsJson = False) -> None:
     """Bring the corpus up to date with its sources."""
-    _run_until("ingest", config, set_, json_)
+    _run_until("ingest", config, set_, json_, deep=deep)
 
 
 @app.command()
-def index(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+def index(config: Config, deep: Deep = False, set_: Overrides = None, json_: AsJson = False) -> None:
     """Ingest, then compute the signatures that are missing."""
-    _run_until("index", config, set_, json_)
+    _run_until("index", config, set_, json_, deep=deep)
 
 
 @app.command()
-def value(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+def value(config: Config, deep: Deep = False, set_: Overrides = None, json_: AsJson = False) -> None:
     """Index, then score, rank and decide."""
-    _run_until("value", config, set_, json_)
+    _run_until("value", config, set_, json_, deep=deep)
 
 
 @app.command()
-def export(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+def export(config: Config, deep: Deep = False, set_: Overrides = None, json_: AsJson = False) -> None:
     """Value, then publish the kept rows."""
-    _run_until("export", config, set_, json_)
+    _run_until("export", config, set_, json_, deep=deep)
 
 
 @app.command()
@@ -198,6 +199,23 @@ def watch(config: Config, set_: Overrides = None, json_: AsJson = False) -> None
 
 
 @app.command()
+def diff(
+    store: StoreUri,
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Name of the corpus; `curate status` lists them.")],
+    old: Annotated[int | None, typer.Option("--from", min=0, help="Version; default: the one before --to.")] = None,
+    new: Annotated[int | None, typer.Option("--to", min=1, help="Version; default: the current one.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """What changed between two versions of a corpus: objects, blocks and rows."""
+    from flows.console import show_diff
+    from rise_ops.diff import diff_numbers
+    from rise_ops.store import Store
+
+    found = diff_numbers(Store(store), corpus, old=old, new=new)
+    _emit(found, json_, lambda: show_diff(found))
+
+
+@app.command()
 def verify(
     store: StoreUri,
     deep: Annotated[bool, typer.Option("--deep", help="Hash all contents again.")] = False,
@@ -264,16 +282,16 @@ def report(
     _emit({"run_id": run_id, "report": place}, json_, lambda: typer.echo(place))
 
 
-def _run_until(until: Until, config: Path, overrides: list[str] | None, json_: bool) -> None:
+def _run_until(until: Until, config: Path, overrides: list[str] | None, json_: bool, *, deep: bool) -> None:
     from flows.console import show_summary
     from rise_ops.config import load_config
 
     loaded = load_config(config, overrides=overrides or [])
-    summary = _curate(loaded, until)
+    summary = _curate(loaded, until, deep=deep)
     _emit(summary, json_, lambda: show_summary(loaded, summary))
 
 
-def _curate(config: CurationConfig, until: Until) -> dict[str, Any]:
+def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict[str, Any]:
     from flows.console import note, progress_bars
 
     if not _has_server():
@@ -282,7 +300,7 @@ def _curate(config: CurationConfig, until: Until) -> dict[str, Any]:
     from tasks.progress import listening
 
     with progress_bars() as bars, listening(bars):
-        summary: dict[str, Any] = curate(config, until)
+        summary: dict[str, Any] = curate(config, until, deep=deep)
     return summary
 
 

@@ -101,13 +101,12 @@ def show_demo(config: Path, found: Json, summary: Json) -> None:
 
 def show_plan(config: Any, plan: Json) -> None:
     """What a run would do."""
-    table = _table(f"Plan for corpus {config.corpus.name}", "", "")
-    for kind in ("objects", "blocks"):
-        counts = ", ".join(f"{count:,} {name}" for name, count in plan[kind].items())
-        table.add_row(kind, counts)
-    table.add_row("rows", f"{plan['rows']:,} ({plan['rows_rejected']:,} rejected)")
+    _OUT.print(_changes(f"Plan for corpus {config.corpus.name}", plan))
+    table = _table("Cost", "", "")
+    table.add_row("rows", f"{plan['rows_total']:,} ({plan['rows_rejected']:,} rejected)")
     table.add_row("rows to sketch", f"{plan['rows_to_sketch']:,}")
     table.add_row("rows reused", f"{plan['rows_reused']:,}")
+    table.add_row("blocks to write", f"{plan['blocks_to_write']:,} ({plan['index_bytes_new'] / 2**20:,.1f} MiB)")
     table.add_row("tokens", f"about {plan['tokens']:,}")
     table.add_row("index", f"{plan['index_bytes'] / 2**20:,.1f} MiB in all")
     table.add_row("peak memory", f"{plan['peak_memory_bytes'] / 2**20:,.0f} MiB")
@@ -143,6 +142,12 @@ def show_changes(found: Json) -> None:
             _OUT.print(f"{kind:>8}  {plain(uri)}")
         if len(found[kind]) > 20:
             _OUT.print(f"{kind:>8}  and {len(found[kind]) - 20:,} more")
+
+
+def show_diff(found: Json) -> None:
+    """What changed between two versions."""
+    old = f"version {found['from']}" if found["from"] else "nothing"
+    _OUT.print(_changes(f"Corpus {found['corpus']}: {old} → version {found['to']}", found))
 
 
 def show_faults(found: Json) -> None:
@@ -215,6 +220,15 @@ def _show_row(found: Json) -> None:
     corpus = found["corpus"]
     _OUT.print(f"  index {found['index_id'][:12]}, corpus {plain(corpus['name'])} version {corpus['version']}")
     _OUT.print(f"  config {found['config_fingerprint'][:12]}, code {found['code']['version']}")
+
+
+def _changes(title: str, found: Json) -> Table:
+    table = _table(title, "", "added", "changed", "removed", "unchanged")
+    for kind in ("objects", "blocks", "rows"):
+        table.add_row(kind, *(f"{found[kind][name]:,}" for name in ("added", "changed", "removed", "unchanged")))
+    if found["moved"]:
+        table.caption = f"{found['moved']:,} of the added objects were only moved"
+    return table
 
 
 def _hits(title: str, hits: Sequence[Json]) -> Table:

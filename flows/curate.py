@@ -26,15 +26,21 @@ def _run_name() -> str:
 
 
 @flow(name="curate", flow_run_name=_run_name, persist_result=True, result_serializer="json")
-def curate(config: CurationConfig, until: Until = "evaluate", run_id: str | None = None) -> Json:
-    """Curate a corpus up to and including a stage. Returns the run's summary."""
+def curate(config: CurationConfig, until: Until = "evaluate", run_id: str | None = None, deep: bool = False) -> Json:
+    """Curate a corpus up to and including a stage. Returns the run's summary.
+
+    Parameters
+    ----------
+    deep
+        Look at the bytes of every source object, not only of those that their listing shows as changed.
+    """
     if until not in ("ingest", "index") and not config.targets:
         raise ConfigError("no targets are configured; valuation needs at least one, under `targets`")
     wanted = _ORDER[: _ORDER.index(until) + 1]
     run = Recorder(config, name="curate", run_id=run_id)
     with run, task_runner(config) as runner:
         check(runner, config, model="index" in wanted, targets="value" in wanted)
-        corpus = ingest(run, runner, config)
+        corpus = ingest(run, runner, config, deep=deep)
         if "index" in wanted:
             indexed = index(run, runner, config, corpus)
         if "value" in wanted:

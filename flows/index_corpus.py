@@ -16,10 +16,10 @@ def _run_name() -> str:
 
 
 @flow(name="index_corpus", flow_run_name=_run_name, persist_result=True, result_serializer="json")
-def index_corpus(config: CurationConfig, run_id: str | None = None) -> dict[str, Any]:
+def index_corpus(config: CurationConfig, run_id: str | None = None, deep: bool = False) -> dict[str, Any]:
     """Ingest what changed and compute the signatures that are missing. Returns the run's summary."""
     run = Recorder(config, name="index_corpus", run_id=run_id)
     with run, task_runner(config) as runner:
         check(runner, config, model=True, targets=False)
-        index(run, runner, config, ingest(run, runner, config))
+        index(run, runner, config, ingest(run, runner, config, deep=deep))
     return run.summary()

@@ -34,14 +34,15 @@ def check(runner: Runner, config: CurationConfig, *, model: bool, targets: bool)
     run_all(runner, preflight, [{"config": config, "model": model, "targets": targets}], store_uri=config.store)
 
 
-def ingest(run: Recorder, runner: Runner, config: CurationConfig) -> Json:
-    """Bring the corpus' current version up to date with its sources."""
+def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool = False) -> Json:
+    """Bring the corpus' current version up to date with its sources; deep: whatever their listing says."""
     common = {"corpus": config.corpus, "limits": config.limits}
+    looking = {**common, "deep": deep}
     with run.stage("ingest") as stage:
-        (seen,) = run_all(runner, survey, [common], store_uri=config.store)
+        (seen,) = run_all(runner, survey, [looking], store_uri=config.store)
         batches = split(seen["read"], [max(0, item["size"]) for item in seen["read"]], target=_INGEST_BYTES)
         done = run_all(
-            runner, ingest_objects, [{"objects": batch, **common} for batch in batches], store_uri=config.store
+            runner, ingest_objects, [{"objects": batch, **looking} for batch in batches], store_uri=config.store
         )
         objects = [item for batch in done for item in batch["objects"]]
         call = {"objects": objects, "parent": seen["parent"], "unchanged": seen["unchanged"], "run_id": run.run_id}
@@ -49,14 +50,15 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig) -> Json:
         for item in objects:
             stage.read_source(item["uri"], sha256=item["object_sha"], rows=item["rows"])
         stage.wrote(published["outputs"][0], sha256=published["snapshot_id"], rows=published["rows"])
-        stage.cached = published["version"] == seen["parent"] and not objects
+        stage.cached = published["version"] == seen["parent"] and all(item["reused"] for item in objects)
     run.record["corpus"] |= {"version": published["version"], "snapshot_id": published["snapshot_id"]}
+    run.record["diff"] = published["diff"]
     run.counts |= {
         "rows": published["rows"],
         "rows_rejected": published["rejected"],
         "rows_new": published["rows_new"],
         "objects": published["sources"],
-        "objects_read": len(objects),
+        "objects_read": sum(not item["reused"] for item in objects),
         "objects_removed": len(seen["removed"]),
     }
     return published

@@ -128,6 +128,11 @@ class SourceDiff:
     removed: tuple[SourceEntry, ...]
     unchanged: tuple[SourceEntry, ...]
 
+    def to_read(self, *, deep: bool) -> tuple[SourceObject, ...]:
+        """Objects whose bytes are to be looked at: those that differ, and if `deep` all."""
+        same = (entry.listed for entry in self.unchanged) if deep else ()
+        return (*self.added, *self.changed, *same)
+
 
 def list_sources(corpus: CorpusConfig, *, store: Store | None = None) -> list[SourceObject]:
     """The corpus' objects as they are now, sorted by uri.

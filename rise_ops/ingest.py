@@ -9,6 +9,7 @@ completion record exists: a run that is killed leaves blocks that the next one f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from rise_ops.objects import (
     is_small,
     places_key,
     read_record,
+    recall,
     record_id,
     record_key,
+    remember,
     rows_key,
     spooled_places,
     write_rows,
@@ -41,6 +44,8 @@ from rise_ops.store import Store
 
 __all__ = ["IngestedObject", "ingest_corpus", "ingest_fingerprint", "ingest_object", "preview_object", "publish"]
 
+OnRows = Callable[[str | None, RowBuffer], None]
+
 _PROGRESS_ROWS = 1000
 _CONNECTIONS = 16
 
@@ -52,6 +57,7 @@ def ingest_object(
     corpus: CorpusConfig,
     limits: LimitsConfig,
     dry: bool = False,
+    deep: bool = False,
     progress: Progress = silent,
 ) -> IngestedObject:
     """Turn one source object into blocks and a record, unless that was done before.
@@ -66,6 +72,8 @@ def ingest_object(
         `corpus.fields` and `limits.row_bytes` decide what its rows become.
     dry
         Write nothing, and still return exact counts and block ids.
+    deep
+        Read the object's bytes even where its ETag has been seen before.
     progress
         Called with rows read so far.
 
@@ -79,43 +87,81 @@ def ingest_object(
     SourceError
         The object is damaged, missing, or changed while it was read.
     """
-    record, reused = _convert(store, source, corpus=corpus, limits=limits, dry=dry, progress=progress)
+    record, reused = _convert(store, source, corpus=corpus, limits=limits, dry=dry, deep=deep, progress=progress)
     return _ingested(source, record, reused=reused)
 
 
 def preview_object(
-    store: Store, source: SourceObject, *, corpus: CorpusConfig, limits: LimitsConfig, progress: Progress = silent
+    store: Store,
+    source: SourceObject,
+    *,
+    corpus: CorpusConfig,
+    limits: LimitsConfig,
+    deep: bool = False,
+    on_rows: OnRows | None = None,
+    progress: Progress = silent,
 ) -> ObjectRecord:
-    """The record that `ingest_object` would write: exact counts and block ids; nothing is written."""
-    return _convert(store, source, corpus=corpus, limits=limits, dry=True, progress=progress)[0]
+    """The record that `ingest_object` would write: exact counts and block ids; nothing is written.
+
+    Where the object has to be read, `on_rows` is called with the id (None for a small object) and the rows of
+    each block.
+    """
+    return _convert(
+        store, source, corpus=corpus, limits=limits, dry=True, deep=deep, on_rows=on_rows, progress=progress
+    )[0]
 
 
 def _convert(
-    store: Store, source: SourceObject, *, corpus: CorpusConfig, limits: LimitsConfig, dry: bool, progress: Progress
+    store: Store,
+    source: SourceObject,
+    *,
+    corpus: CorpusConfig,
+    limits: LimitsConfig,
+    dry: bool,
+    deep: bool,
+    progress: Progress,
+    on_rows: OnRows | None = None,
 ) -> tuple[ObjectRecord, bool]:
     """The record of an object, and whether it was there already."""
     refuse_inside(source.uri, store.uri)
     settings = ingest_fingerprint(corpus.fields, limits)
-    if is_local(source.uri):  # a second look at a local file is cheap beside parsing it
-        known = _finished(store, record_id(hash_object(source.uri), settings))
-        if known is not None:
-            _refuse_changed(source)
-            return known, True
+    known = _known(store, source, settings, deep=deep)
+    if known is not None:
+        _refuse_changed(source)
+        return known, True
     with open_rows(source, row_bytes=int(limits.row_bytes)) as reader, spooled_places() as (places, path):
-        conversion = _Conversion(store, places, corpus=corpus, limits=limits, dry=dry)
+        conversion = _Conversion(store, places, corpus=corpus, limits=limits, dry=dry, on_rows=on_rows)
         conversion.run(reader, progress)
         places.close()
         _refuse_changed(source)
         record = conversion.record(object_sha=reader.sha256(), settings=settings)
         if not dry:
             conversion.commit(record, path)
+            remember(store, source, record.record, settings)
     return record, False
 
 
+def _known(store: Store, source: SourceObject, settings: str, *, deep: bool) -> ObjectRecord | None:
+    """The record of an object whose bytes were ingested before, wherever they stood, if it can be told cheaply.
+
+    A local file is hashed, which costs little beside parsing it; a remote one is not downloaded, but known by its
+    ETag. Deep: any object is hashed.
+    """
+    if deep or is_local(source.uri):
+        return _finished(store, record_id(hash_object(source.uri), settings))
+    record = recall(store, source, settings)
+    return None if record is None else _finished(store, record)
+
+
 def ingest_corpus(
-    store: Store, config: CurationConfig, *, run_id: str, progress: Progress = silent
+    store: Store, config: CurationConfig, *, run_id: str, deep: bool = False, progress: Progress = silent
 ) -> tuple[CorpusVersion, tuple[IngestedObject, ...]]:
     """The whole stage in one call: list, ingest what changed, publish.
+
+    Parameters
+    ----------
+    deep
+        Look at the bytes of every object, not only of those that the listing shows as changed.
 
     Returns
     -------
@@ -130,15 +176,16 @@ def ingest_corpus(
     _, diff = look_at_sources(store, corpus, limits)
     objects: list[IngestedObject] = []
     before = 0
-    for source in (*diff.added, *diff.changed):
+    for source in diff.to_read(deep=deep):
 
         def advance(done: int, _: int | None, before: int = before) -> None:
             progress(before + done, None)
 
-        made = ingest_object(store, source, corpus=corpus, limits=limits, progress=advance)
+        made = ingest_object(store, source, corpus=corpus, limits=limits, deep=deep, progress=advance)
         before += made.rows + made.rejected
         objects.append(made)
-    published = publish(store, corpus=corpus, objects=objects, unchanged=diff.unchanged, run_id=run_id, limits=limits)
+    unchanged = () if deep else diff.unchanged
+    published = publish(store, corpus=corpus, objects=objects, unchanged=unchanged, run_id=run_id, limits=limits)
     return published, tuple(objects)
 
 
@@ -146,9 +193,17 @@ class _Conversion:
     """One object on its way: holds at most one block of rows."""
 
     def __init__(
-        self, store: Store, places: PlaceWriter, *, corpus: CorpusConfig, limits: LimitsConfig, dry: bool
+        self,
+        store: Store,
+        places: PlaceWriter,
+        *,
+        corpus: CorpusConfig,
+        limits: LimitsConfig,
+        dry: bool,
+        on_rows: OnRows | None,
     ) -> None:
         self._store = store
+        self._on_rows = on_rows
         self._places = places
         self._fields = corpus.fields
         self._row_bytes = int(limits.row_bytes)
@@ -215,6 +270,8 @@ class _Conversion:
         block_id = rows.block_id() if self._dry else write_block(self._store, rows)
         self._blocks.append(BlockCount(block_id, len(rows), rows.characters))
         self._places.accept(block_id, self._source_rows)
+        if self._on_rows is not None:
+            self._on_rows(block_id, rows)
         self._count(rows)
         self._buffer, self._source_rows = RowBuffer(), []
 
@@ -222,6 +279,8 @@ class _Conversion:
         self._small = is_small(len(self._buffer), len(self._blocks))
         if self._small:
             self._places.accept(None, self._source_rows)
+            if self._on_rows is not None:
+                self._on_rows(None, self._buffer)
             self._count(self._buffer)
         elif len(self._buffer):
             self._end_block()

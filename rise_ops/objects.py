@@ -7,6 +7,8 @@
     objects/<record>.rows.parquet  small objects only: canonical rows and source_row, for packing
     objects/<record>.json          totals and the blocks in order; written last: it exists when all of the above,
                                    and every block, was written
+    objects/seen/<state>.json      record of the S3 object that was seen with this size and ETag under these settings,
+                                   so that one that was renamed, or copied, is not downloaded
 
 A record knows no location: a renamed or copied object has the same one. An object below 256 rows that filled
 no block is small: `rise_ops.packs` puts it into a block with others, so its rows have no block_id here.
@@ -14,22 +16,29 @@ no block is small: `rise_ops.packs` puts it into a block with others, so its row
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rise_ops.blocks import FORMAT_KEY, MIN_ROWS, RowBuffer, block_schema, parquet_bytes
+from rise_ops.blocks import FORMAT_KEY, MIN_ROWS, RowBuffer, block_schema, parquet_bytes, read_parquet
+from rise_ops.errors import MissingObjectError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.rows import RowFault, raw_text, well_formed
+from rise_ops.sources import SourceObject
 from rise_ops.store import Store
 
+if TYPE_CHECKING:
+    import polars as pl
+
 RECORD_FORMAT = 1
+_CONTENT_TAG = re.compile(r"^[0-9a-f]{32}(-\d+)?$")
 _REJECTED_AT_ONCE = 1024
 _MESSAGE_CHARACTERS = 500
 
@@ -153,11 +162,47 @@ def read_record(store: Store, record: str) -> ObjectRecord:
     return ObjectRecord.from_json(store.get_json(record_key(record), format_version=RECORD_FORMAT))
 
 
+def remember(store: Store, source: SourceObject, record: str, ingest_fingerprint: str) -> None:
+    """Note which record the bytes behind an ETag have."""
+    key = _seen_key(source, ingest_fingerprint)
+    if key is not None:
+        store.create_json(key, {"format_version": RECORD_FORMAT, "record": record})
+
+
+def recall(store: Store, source: SourceObject, ingest_fingerprint: str) -> str | None:
+    """The record that was noted for an object's size and ETag, wherever the object stood."""
+    key = _seen_key(source, ingest_fingerprint)
+    if key is None:
+        return None
+    try:
+        return str(store.get_json(key, format_version=RECORD_FORMAT)["record"])
+    except MissingObjectError:
+        return None
+
+
+def _seen_key(source: SourceObject, ingest_fingerprint: str) -> str | None:
+    """Only where an ETag is made of the content: on S3, the MD5 of the object or of its parts."""
+    if not source.uri.startswith("s3://") or _CONTENT_TAG.match(source.etag or "") is None:
+        return None
+    return f"objects/seen/{fingerprint([source.size, source.etag, ingest_fingerprint])}.json"
+
+
 def write_rows(store: Store, record: str, rows: RowBuffer, source_rows: Sequence[int]) -> None:
     """Store the canonical rows of a small object."""
     columns = rows.columns() | {"source_row": list(source_rows)}
     schema = block_schema(("source_row", pa.int64()))
     store.create(rows_key(record), parquet_bytes(columns, schema, format_version=RECORD_FORMAT))
+
+
+def read_rows_doc_ids(store: Store, record: str) -> pl.Series:
+    """doc_ids of the rows of a small object, in order.
+
+    Raises
+    ------
+    MissingObjectError, IntegrityError
+    """
+    key = rows_key(record)
+    return read_parquet(store.get(key), where=store.url(key), columns=["doc_id"], known_format=RECORD_FORMAT)["doc_id"]
 
 
 class PlaceWriter:

@@ -16,15 +16,16 @@ from itertools import islice
 from typing import Any
 
 from rise_ops.config import CurationConfig
-from rise_ops.corpus import SourceDiff, look_at_sources
-from rise_ops.index import BlockRecord, index_id, list_indexed, read_records
-from rise_ops.ingest import preview_object
+from rise_ops.corpus import look_at_sources
+from rise_ops.diff import diff_states, published_state
+from rise_ops.index import BlockRecord, IndexListing, index_id, read_records
 from rise_ops.model_files import model_fingerprint, resolve_model, stored_bytes
-from rise_ops.objects import BlockCount, ObjectRecord, read_record, record_key
-from rise_ops.packs import pack_id, plan_packs
+from rise_ops.objects import BlockCount
+from rise_ops.preview import preview_corpus
 from rise_ops.readers import open_rows
+from rise_ops.reuse import candidate_blocks, find_rows
 from rise_ops.rows import RowFault, canonical_row
-from rise_ops.session import block_rows, open_signer
+from rise_ops.session import open_signer
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
 
@@ -47,8 +48,13 @@ class Cost:
     peak_memory_bytes: int
 
 
-def plan_run(config: CurationConfig) -> Json:
+def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
     """The plan, as `curate plan --json` prints it.
+
+    Parameters
+    ----------
+    deep
+        Read every object, not only those that the listing shows as changed.
 
     Raises
     ------
@@ -56,34 +62,37 @@ def plan_run(config: CurationConfig) -> Json:
         What a run would also stumble over.
     """
     store = Store(config.store)
-    version, diff = look_at_sources(store, config.corpus, config.limits)
+    version, listed = look_at_sources(store, config.corpus, config.limits)
     identity = index_id(model_fingerprint(config.model), config.sketch)
-    records = list(_records(store, config, diff))
-    blocks = {block.block_id: block for record in records for block in record.blocks}
-    blocks |= {block.block_id: block for block in _packed(store, records)}
-    rows_of = {block_id: block.rows for block_id, block in blocks.items()}
-    indexed = list_indexed(store, identity, rows_of, dim=config.sketch.dim)
-    before = set(block_rows(store, version)) if version else set()
-    to_sketch = sum(rows for block, rows in rows_of.items() if block not in indexed)
-    sources = [*diff.added, *diff.changed, *(entry.listed for entry in diff.unchanged)]
+    memory = int(config.limits.memory)
+    with preview_corpus(store, config, listed, deep=deep) as seen:
+        diff = diff_states(published_state(store, version) if version else None, seen.state, memory=memory)
+        listing = IndexListing(store, identity)
+        indexed = listing.complete(seen.state.rows_of, dim=config.sketch.dim)
+        missing = {block: rows for block, rows in seen.state.rows_of.items() if block not in indexed}
+        recorded = [block for block in listing.recorded if block not in missing]
+        found = 0
+        if missing and recorded:
+            candidates = candidate_blocks(store, recorded, seen.state.rows_of, earlier=version)
+            columns = ((block, seen.state.doc_ids(block)) for block in missing)
+            found = sum(match.height for match in find_rows(store, columns, candidates, memory=memory))
+    to_sketch = sum(missing.values()) - found
+    sources = [*listed.added, *listed.changed, *(entry.listed for entry in listed.unchanged)]
     done = list(read_records(store, identity, indexed).values())
-    cost = estimate(store, config, sources, list(blocks.values()), done)
+    share = to_sketch / max(1, sum(missing.values()))
+    cost = estimate(store, config, sources, list(seen.blocks.values()), done, share=share)
     return {
         "corpus": config.corpus.name,
         "index_id": identity,
-        "objects": {name: len(getattr(diff, name)) for name in ("added", "changed", "removed", "unchanged")},
-        "blocks": {
-            "added": len(rows_of.keys() - before),
-            "removed": len(before - rows_of.keys()),
-            "unchanged": len(rows_of.keys() & before),
-            "to_sketch": len(rows_of) - len(indexed),
-        },
-        "rows": sum(record.rows for record in records),
-        "rows_rejected": sum(record.rejected for record in records),
+        **diff.to_json(),
+        "blocks_to_write": len(missing),
+        "rows_total": seen.rows,
+        "rows_rejected": seen.rejected,
         "rows_to_sketch": to_sketch,
-        "rows_reused": sum(rows_of.values()) - to_sketch,
+        "rows_reused": sum(seen.state.rows_of.values()) - to_sketch,
         "tokens": cost.tokens,
-        "index_bytes": sum(rows_of.values()) * config.sketch.dim * 2,
+        "index_bytes": sum(seen.state.rows_of.values()) * config.sketch.dim * 2,
+        "index_bytes_new": sum(missing.values()) * config.sketch.dim * 2,
         "peak_memory_bytes": cost.peak_memory_bytes,
         "sketch_seconds": cost.sketch_seconds,
         "sketch_seconds_unknown": cost.sketch_seconds_unknown,
@@ -96,14 +105,16 @@ def estimate(
     sources: Sequence[SourceObject],
     blocks: Sequence[BlockCount],
     done: Sequence[BlockRecord],
+    *,
+    share: float,
 ) -> Cost:
-    """Tokens, time and memory of sketching what is not in `done`."""
+    """Tokens of the corpus, and time and memory of sketching a share of what is not in `done`."""
     finished = {record.block_id for record in done}
     characters = sum(block.characters for block in blocks if block.block_id not in finished)
     known = sum(record.tokens for record in done)
     rate, unknown, memory = _rate(done), "", _memory_without_model(config)
     per_character = known / max(1, sum(block.characters for block in blocks if block.block_id in finished))
-    if characters and rate is None:
+    if characters and share and rate is None:
         sample = list(islice(_texts(config, sources), SAMPLE_ROWS))
         unknown = _cannot_measure(config, sample)
         if not unknown:
@@ -111,32 +122,15 @@ def estimate(
     if per_character == 0:
         per_character = 1 / _CHARACTERS_PER_TOKEN
     tokens = round(characters * per_character)
-    seconds = 0.0 if characters == 0 else round(tokens / rate, 1) if rate else None
+    seconds = 0.0 if characters * share == 0 else round(tokens * share / rate, 1) if rate else None
     return Cost(known + tokens, seconds, "" if seconds is not None else unknown, memory)
 
 
-def _records(store: Store, config: CurationConfig, diff: SourceDiff) -> Iterator[ObjectRecord]:
-    for entry in diff.unchanged:
-        yield read_record(store, entry.record)
-    for source in (*diff.added, *diff.changed):
-        yield preview_object(store, source, corpus=config.corpus, limits=config.limits)
-
-
-def _packed(store: Store, records: Sequence[ObjectRecord]) -> Iterator[BlockCount]:
-    """Blocks of packs; a pack that is not in the store yet stands under its own id, which no index has."""
-    for members in plan_packs(records):
-        name = pack_id(members)
-        rows = sum(member.rows for member in members)
-        characters = sum(member.characters for member in members)
-        if store.exists(record_key(name)):
-            name = store.get_json(record_key(name))["blocks"][0]
-        yield BlockCount(name, rows, characters)
-
-
 def _rate(done: Sequence[BlockRecord]) -> float | None:
-    """Tokens a second over recorded blocks."""
-    seconds = sum(record.seconds for record in done)
-    return sum(record.tokens for record in done) / seconds if seconds else None
+    """Tokens a second over recorded blocks; those that were mostly copied tell little."""
+    computed = [record for record in done if 2 * record.rows_sketched >= record.rows]
+    seconds = sum(record.seconds for record in computed)
+    return sum(record.tokens_sketched for record in computed) / seconds if seconds else None
 
 
 def _texts(config: CurationConfig, sources: Sequence[SourceObject]) -> Iterator[str]:

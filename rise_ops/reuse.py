@@ -150,7 +150,9 @@ def _search(store: Store, pending: pl.DataFrame, candidates: Sequence[str]) -> I
 def _numbered(doc_ids: pl.Series, place: int, *names: str) -> pl.DataFrame:
     block, row = names
     rows = pl.int_range(len(doc_ids), dtype=pl.UInt32, eager=True)
-    return pl.DataFrame({"doc_id": doc_ids, block: pl.repeat(place, len(doc_ids), dtype=pl.UInt32, eager=True), row: rows})
+    return pl.DataFrame(
+        {"doc_id": doc_ids, block: pl.repeat(place, len(doc_ids), dtype=pl.UInt32, eager=True), row: rows}
+    )
 
 
 def _doc_ids(store: Store, block_id: str) -> pl.Series:

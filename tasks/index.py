@@ -5,10 +5,10 @@ from __future__ import annotations
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
 from rise_ops.index import prepare_index, read_records
+from rise_ops.index_plan import plan_work
 from rise_ops.indexing import sketch_blocks
 from rise_ops.reuse import read_reuse
-from rise_ops.session import block_rows, open_signer
-from rise_ops.index_plan import plan_work
+from rise_ops.session import open_signer
 from rise_ops.store import Store
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rise_ops.blocks import block_key
 from rise_ops.config import CorpusConfig, LimitsConfig
 from rise_ops.corpus import look_at_sources, read_version
+from rise_ops.diff import diff_versions
 from rise_ops.ingest import IngestedObject, ingest_object, publish
+from rise_ops.objects import record_key
 from rise_ops.rows import ingest_fingerprint
-from rise_ops.session import block_rows
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
 from tasks.policy import Json, stage
@@ -17,26 +19,26 @@ from tasks.progress import stage_progress
 
 
 def _identity(call: Any) -> Any:
-    if any(item["etag"] is None and item["mtime"] is None for item in call["objects"]):
-        return None  # nothing tells one state of such an object from another
+    if call["deep"] or any(item["etag"] is None and item["mtime"] is None for item in call["objects"]):
+        return None  # to be read again, or nothing tells one state of such an object from another
     return [call["objects"], ingest_fingerprint(call["corpus"].fields, call["limits"])]
 
 
 @stage("survey")
-def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig) -> Json:
+def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig, deep: bool) -> Json:
     """List the sources and compare them with the corpus' current version."""
     store = Store(store_uri)
     version, diff = look_at_sources(store, corpus, limits)
     return {
         "parent": version.version if version else None,
-        "read": [asdict(source) for source in (*diff.added, *diff.changed)],
-        "unchanged": [entry.uri for entry in diff.unchanged],
+        "read": [asdict(source) for source in diff.to_read(deep=deep)],
+        "unchanged": [] if deep else [entry.uri for entry in diff.unchanged],
         "removed": [entry.uri for entry in diff.removed],
     }
 
 
 @stage("ingest", key=_identity)
-def ingest_objects(store_uri: str, objects: list[Json], corpus: CorpusConfig, limits: LimitsConfig) -> Json:
+def ingest_objects(store_uri: str, objects: list[Json], corpus: CorpusConfig, limits: LimitsConfig, deep: bool) -> Json:
     """Read source objects into canonical blocks."""
     store = Store(store_uri)
     progress = stage_progress("ingest", None)
@@ -48,11 +50,13 @@ def ingest_objects(store_uri: str, objects: list[Json], corpus: CorpusConfig, li
             SourceObject(**each),
             corpus=corpus,
             limits=limits,
+            deep=deep,
             progress=lambda rows, total, base=done: progress(base + rows, total),  # type: ignore[misc]
         )
         done += found.rows + found.rejected
         results.append(found.to_json())
-    return {"objects": results, "outputs": [f"objects/{found['record']}.json" for found in results]}
+    keys = {key for found in results for key in (record_key(found["record"]), *map(block_key, found["blocks"]))}
+    return {"objects": results, "outputs": sorted(keys)}
 
 
 @stage("publish")
@@ -78,10 +82,10 @@ def publish_corpus(
         run_id=run_id,
         limits=limits,
     )
-    before = {block for entry in version.sources for block in entry.blocks} if version else set()
-    rows_of = block_rows(store, published)
+    diff = diff_versions(store, version, published, memory=int(limits.memory))
     return {
-        "rows_new": sum(rows for block, rows in rows_of.items() if block not in before),
+        "diff": diff.to_json(),
+        "rows_new": diff.rows_new,
         "version": published.version,
         "snapshot_id": published.snapshot_id,
         "rows": published.rows,

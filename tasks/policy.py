@@ -9,6 +9,7 @@ again. The store is the truth; losing every cached result costs time and nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prefect import Task, runtime, task
@@ -27,6 +28,7 @@ Json = dict[str, Any]
 Call = Mapping[str, Any]
 
 RETRIES = 3
+_CONNECTIONS = 16
 
 
 def _retry(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
@@ -98,11 +100,12 @@ def run_all(runner: TaskRunner[Any], what: Task[..., Json], calls: Iterable[Call
     futures = [runner.submit(what, parameters=each) for each in parameters]
     results = [_result(future) for future in futures]
     store = Store(store_uri)
-    lost = [
-        index
-        for index, result in enumerate(results)
-        if result["cached"] and not all(store.exists(key) for key in result.get("outputs", []))
-    ]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        lost = [
+            index
+            for index, result in enumerate(results)
+            if result["cached"] and not all(pool.map(store.exists, result.get("outputs", [])))
+        ]
     again = what.with_options(refresh_cache=True)
     renewed = [runner.submit(again, parameters=parameters[index]) for index in lost]
     for index, future in zip(lost, renewed, strict=True):

@@ -115,6 +115,7 @@ class Recorder:
             "snapshot_id": self.record["corpus"].get("snapshot_id"),
             "index_id": self.record["index_id"],
             **{name: self.counts.get(name) for name in names},
+            "diff": self.record.get("diff"),
             "export": self.record["export"],
             "report": self.report,
             "seconds": self.record["seconds"],
