@@ -233,6 +233,31 @@ def verify(
 
 
 @app.command()
+def gc(
+    store: StoreUri,
+    keep: Annotated[
+        int | None, typer.Option("--keep", min=1, help="Versions of each corpus to keep; else all.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; nobody is asked without a terminal.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Remove what no corpus version, run or export reaches. Does nothing while a run is at work."""
+    from flows.console import show_garbage
+    from rise_ops.garbage import collect_garbage
+    from rise_ops.store import Store
+
+    opened = Store(store)
+    if not (dry_run or yes or json_) and sys.stdin.isatty():
+        planned = collect_garbage(opened, keep=keep, dry_run=True)
+        show_garbage(planned)
+        if not planned["objects"] or not typer.confirm("Remove them?"):
+            return
+    found = collect_garbage(opened, keep=keep, dry_run=dry_run)
+    _emit(found, json_, lambda: show_garbage(found))
+
+
+@app.command()
 def status(store: StoreUri, json_: AsJson = False) -> None:
     """What a store holds: corpora, indexes, runs, exports."""
     from flows.console import show_status

@@ -157,6 +157,20 @@ def show_faults(found: Json) -> None:
         _OUT.print(f"[red]{plain(fault['key'])}[/red] {plain(fault['problem'])}; {plain(fault['remedy'])}")
 
 
+def show_garbage(found: Json) -> None:
+    """What the collector removed, or would remove."""
+    for corpus, versions in found["kept"].items():
+        numbers = f"{versions[0]} to {versions[-1]}" if len(versions) > 1 else ", ".join(map(str, versions)) or "none"
+        _OUT.print(f"corpus {plain(corpus)}: versions kept: {numbers}")
+    what = "would be removed" if found["dry_run"] else "removed"
+    if found["objects"]:
+        table = _table("", "kind", "objects", "MiB")
+        for kind, counted in found["removed"].items():
+            table.add_row(kind, f"{counted['objects']:,}", f"{counted['bytes'] / 2**20:,.1f}")
+        _OUT.print(table)
+    _OUT.print(f"{found['objects']:,} objects, {found['bytes'] / 2**20:,.1f} MiB {what}")
+
+
 def show_status(found: Json) -> None:
     """What a store holds."""
     columns = {

@@ -173,7 +173,7 @@ def ingest_corpus(
     SourceError, BadRowsError, ConflictError, StoreError, TransientError
     """
     corpus, limits = config.corpus, config.limits
-    _, diff = look_at_sources(store, corpus, limits)
+    version, diff = look_at_sources(store, corpus, limits)
     objects: list[IngestedObject] = []
     before = 0
     for source in diff.to_read(deep=deep):
@@ -185,7 +185,15 @@ def ingest_corpus(
         before += made.rows + made.rejected
         objects.append(made)
     unchanged = () if deep else diff.unchanged
-    published = publish(store, corpus=corpus, objects=objects, unchanged=unchanged, run_id=run_id, limits=limits)
+    published = publish(
+        store,
+        corpus=corpus,
+        objects=objects,
+        unchanged=unchanged,
+        run_id=run_id,
+        limits=limits,
+        compared_with=version.version if version else 0,
+    )
     return published, tuple(objects)
 
 

@@ -7,8 +7,8 @@
     objects/<record>.rows.parquet  small objects only: canonical rows and source_row, for packing
     objects/<record>.json          totals and the blocks in order; written last: it exists when all of the above,
                                    and every block, was written
-    objects/seen/<state>.json      record of the S3 object that was seen with this size and ETag under these settings,
-                                   so that one that was renamed, or copied, is not downloaded
+    objects/seen/<state>/<record>  empty: the S3 object with this size and ETag has, under these settings, this record;
+                                   so one that was renamed or copied is not downloaded
 
 A record knows no location: a renamed or copied object has the same one. An object below 256 rows that filled
 no block is small: `rise_ops.packs` puts it into a block with others, so its rows have no block_id here.
@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rise_ops.blocks import FORMAT_KEY, MIN_ROWS, RowBuffer, block_schema, parquet_bytes, read_parquet
-from rise_ops.errors import MissingObjectError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.rows import RowFault, raw_text, well_formed
 from rise_ops.sources import SourceObject
@@ -164,27 +163,22 @@ def read_record(store: Store, record: str) -> ObjectRecord:
 
 def remember(store: Store, source: SourceObject, record: str, ingest_fingerprint: str) -> None:
     """Note which record the bytes behind an ETag have."""
-    key = _seen_key(source, ingest_fingerprint)
-    if key is not None:
-        store.create_json(key, {"format_version": RECORD_FORMAT, "record": record})
+    folder = _seen_folder(source, ingest_fingerprint)
+    if folder is not None:
+        store.create(f"{folder}/{record}", b"")
 
 
 def recall(store: Store, source: SourceObject, ingest_fingerprint: str) -> str | None:
     """The record that was noted for an object's size and ETag, wherever the object stood."""
-    key = _seen_key(source, ingest_fingerprint)
-    if key is None:
-        return None
-    try:
-        return str(store.get_json(key, format_version=RECORD_FORMAT)["record"])
-    except MissingObjectError:
-        return None
+    folder = _seen_folder(source, ingest_fingerprint)
+    return None if folder is None else next(iter(store.children(folder)), None)
 
 
-def _seen_key(source: SourceObject, ingest_fingerprint: str) -> str | None:
+def _seen_folder(source: SourceObject, ingest_fingerprint: str) -> str | None:
     """Only where an ETag is made of the content: on S3, the MD5 of the object or of its parts."""
     if not source.uri.startswith("s3://") or _CONTENT_TAG.match(source.etag or "") is None:
         return None
-    return f"objects/seen/{fingerprint([source.size, source.etag, ingest_fingerprint])}.json"
+    return f"objects/seen/{fingerprint([source.size, source.etag, ingest_fingerprint])}"
 
 
 def write_rows(store: Store, record: str, rows: RowBuffer, source_rows: Sequence[int]) -> None:

@@ -1,7 +1,9 @@
 """Publishing a corpus version: pack, check the limit of bad rows, then snapshot, then version.
 
 The version is written last, by exclusive create. Whoever loses a race reads the winner's version: equal
-content is success, otherwise the next number is tried. Where nothing changed, nothing is written.
+content is success. Otherwise the sources are listed again: a run that saw them as they still are takes the next
+number; one whose look is outdated is refused, so that no older state follows a newer one. Where nothing changed,
+nothing is written.
 """
 
 from __future__ import annotations
@@ -12,12 +14,20 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from rise_ops.config import CorpusConfig, LimitsConfig
-from rise_ops.corpus import CorpusVersion, SourceEntry, current_version, version_key, write_snapshot
+from rise_ops.corpus import (
+    CorpusVersion,
+    SourceEntry,
+    current_version,
+    list_sources,
+    version_key,
+    write_snapshot,
+)
 from rise_ops.errors import ConflictError
 from rise_ops.objects import BlockCount, IngestedObject, ObjectRecord, read_record
 from rise_ops.packs import Pack, pack_objects
 from rise_ops.quarantine import check_rows
 from rise_ops.rows import ingest_fingerprint
+from rise_ops.sources import SourceObject
 from rise_ops.store import Store
 
 _ATTEMPTS = 5
@@ -32,6 +42,7 @@ def publish(
     unchanged: Sequence[SourceEntry],
     run_id: str,
     limits: LimitsConfig,
+    compared_with: int | None = None,
 ) -> CorpusVersion:
     """Make ingested objects the current version of a corpus.
 
@@ -47,6 +58,9 @@ def publish(
         Entries of the current version that stay.
     run_id
         Who publishes.
+    compared_with
+        Number of the version that the listing was compared with, 0 where there was none; by default the current
+        one.
 
     Returns
     -------
@@ -60,7 +74,7 @@ def publish(
     SourceError
         No rows at all.
     ConflictError
-        Other runs published first, five times.
+        Another run published first and the sources have changed since, or others published first five times.
     """
     settings = ingest_fingerprint(corpus.fields, limits)
     entries = _merged(objects, unchanged)
@@ -84,7 +98,8 @@ def publish(
         fields=_fields(records.values()),
         sources=entries,
     )
-    return _commit(store, draft, current)
+    seen = compared_with if compared_with is not None else current.version if current else 0
+    return _commit(store, draft, current, corpus=corpus, seen=seen)
 
 
 def _merged(objects: Sequence[IngestedObject], unchanged: Sequence[SourceEntry]) -> tuple[SourceEntry, ...]:
@@ -137,10 +152,14 @@ def _fields(records: Iterable[ObjectRecord]) -> dict[str, str]:
     return dict(sorted(fields.items()))
 
 
-def _commit(store: Store, draft: CorpusVersion, current: CorpusVersion | None) -> CorpusVersion:
+def _commit(
+    store: Store, draft: CorpusVersion, current: CorpusVersion | None, *, corpus: CorpusConfig, seen: int
+) -> CorpusVersion:
     for _ in range(_ATTEMPTS):
         if current is not None and _says_the_same(current, draft):
             return current
+        if current is not None and current.version != seen:
+            _refuse_outdated(store, draft, current, corpus=corpus)
         parent = None if current is None else current.version
         version = replace(draft, version=(parent or 0) + 1, parent=parent)
         if store.create_json(version_key(version.corpus, version.version), version.to_json()):
@@ -149,6 +168,23 @@ def _commit(store: Store, draft: CorpusVersion, current: CorpusVersion | None) -
     raise ConflictError(
         f"corpus {draft.corpus}: other runs published {_ATTEMPTS} versions meanwhile; run again when they have finished"
     )
+
+
+def _refuse_outdated(store: Store, draft: CorpusVersion, current: CorpusVersion, *, corpus: CorpusConfig) -> None:
+    """Raise ConflictError where the sources are not any more as the draft saw them."""
+    now = {item.uri: item for item in list_sources(corpus, store=store)}
+    same = now.keys() == {entry.uri for entry in draft.sources}
+    if not same or not all(_unchanged(entry, now[entry.uri]) for entry in draft.sources):
+        raise ConflictError(
+            f"corpus {draft.corpus}: run {current.run_id} published version {current.version} meanwhile, and the "
+            "sources have changed since this run listed them; run again"
+        )
+
+
+def _unchanged(entry: SourceEntry, now: SourceObject) -> bool:
+    if entry.etag is None and entry.mtime is None:
+        return entry.size == now.size  # nothing else is known of it
+    return entry.listed.same_state(now)
 
 
 def _says_the_same(one: CorpusVersion, other: CorpusVersion) -> bool:

@@ -81,6 +81,7 @@ def publish_corpus(
         unchanged=entries,
         run_id=run_id,
         limits=limits,
+        compared_with=parent or 0,
     )
     diff = diff_versions(store, version, published, memory=int(limits.memory))
     return {

@@ -1,19 +1,21 @@
 """The record of a run as it grows: stages with what they read and wrote, counts, and how it ended.
 
-Used by flows as a context manager. Whatever way the run ends, its record is written once to the store.
+Used by flows as a context manager. Whatever way the run ends, its record is written once to the store; while it
+lasts, the run gives signs of life (`rise_ops.alive`), so that no collector removes what it works with.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from rise_ops.alive import alive, wait_for_collectors
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError, CurationError
 from rise_ops.report import write_report
@@ -93,9 +95,17 @@ class Recorder:
         )
 
     def __enter__(self) -> Recorder:
+        with ExitStack() as stack:
+            stack.enter_context(alive(self.store, self.run_id))
+            wait_for_collectors(self.store, self.run_id)
+            self._alive = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with self._alive:
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
         if error is not None:
             self.record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}

@@ -1,0 +1,278 @@
+"""Garbage collection: what no corpus version, run or export reaches is removed.
+
+Kept are
+
+- corpus versions: all, or with `keep` the latest ones of each corpus; and those of the exports that are kept;
+- exports: all finished ones. What an export's manifest does not name, and an export without one, goes;
+- runs: the recorded ones whose corpus version is kept, and failed ones that are younger than the oldest kept
+  version of their corpus. What a killed run left goes;
+- whatever these name: snapshots, object records, packs, blocks, the index blocks of kept blocks, targets, scores,
+  quarantine; and indexes that still have a block or a run.
+
+Everything is decided before anything is removed. Records go before what they vouch for, so that whatever moment
+the collector is stopped at, no reader takes half of something for the whole. It gives a sign of life
+(`rise_ops.alive`) and refuses to work beside a run. Keys that it does not know stay.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rise_ops.alive import COLLECTOR, alive, described, sign_of, signs
+from rise_ops.corpus import CorpusVersion, read_version, version_key
+from rise_ops.errors import ConflictError
+from rise_ops.export import list_exports
+from rise_ops.runs import list_runs, read_run
+from rise_ops.store import Store
+
+Json = dict[str, Any]
+
+_HEX = r"[0-9a-f]{64}"
+_KINDS: dict[str, re.Pattern[str]] = {
+    name: re.compile(pattern)
+    for name, pattern in {
+        "versions": r"corpora/(?P<corpus>[^/]+)/versions/(?P<number>\d{12})\.json",
+        "runs": r"runs/(?P<id>[^/]+)/.+",
+        "exports": r"exports/(?P<name>[^/]+)/(?P<version>[^/]+)/(?P<path>.+)",
+        "index records": rf"indexes/(?P<index>{_HEX})/blocks/(?P<id>{_HEX})\.json",
+        "targets": rf"targets/(?P<id>{_HEX})\.(json|parquet|zarr/.+)",
+        "scores": rf"scores/(?P<set>{_HEX})/(?P<id>{_HEX})\..+",
+        "snapshots": rf"snapshots/(?P<id>{_HEX})\.parquet",
+        "object records": rf"objects/(?P<id>{_HEX})\.(json|parquet|rows\.parquet)",
+        "seen objects": rf"objects/seen/{_HEX}/(?P<id>{_HEX})",
+        "quarantine": r"quarantine/(?P<id>[^/]+)/.+",
+        "signatures": rf"indexes/(?P<index>{_HEX})/blocks/(?P<id>{_HEX})\.zarr/.+",
+        "indexes": rf"indexes/(?P<index>{_HEX})/(index\.json|tables\.zarr/.+)",
+        "blocks": rf"blocks/(?P<id>{_HEX})\.parquet",
+        "signs of life": r"alive/.+",
+        "probes": r"\.probe/.+",
+    }.items()
+}
+"""Kinds of objects, in the order in which they are removed."""
+_FOLDERS = ("alive", "blocks", "corpora", "exports", "indexes", "objects", "quarantine", "runs", "scores", "snapshots",
+            "targets", ".probe")  # fmt: skip
+_LITTER = re.compile(r"#\d+$")
+_AT_ONCE = 1_000
+
+
+@dataclass(slots=True)
+class Reached:
+    """Names of what is kept."""
+
+    versions: set[str] = field(default_factory=set)
+    """Keys."""
+    snapshots: set[str] = field(default_factory=set)
+    blocks: set[str] = field(default_factory=set)
+    records: set[str] = field(default_factory=set)
+    """Object records and packs."""
+    runs: set[str] = field(default_factory=set)
+    quarantines: set[str] = field(default_factory=set)
+    indexes: set[str] = field(default_factory=set)
+    exports: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+    """Files of each finished export."""
+    keys: set[str] = field(default_factory=set)
+    """What runs name: targets and scores, by their key without endings."""
+
+
+def collect_garbage(store: Store, *, keep: int | None = None, dry_run: bool = False) -> Json:
+    """Remove what nothing reaches.
+
+    Parameters
+    ----------
+    keep
+        Versions kept of each corpus; all where None.
+    dry_run
+        Only tell.
+
+    Returns
+    -------
+    dict
+        {store, dry_run, kept: {corpus: [versions]}, removed: {kind: {objects, bytes}}, objects, bytes, keys}
+
+    Raises
+    ------
+    ConflictError
+        A run is alive.
+    IntegrityError
+        A version, run or export cannot be read, so that it is not known what it reaches.
+    """
+    name = f"{COLLECTOR}{secrets.token_hex(4)}"
+    if dry_run:
+        reached = find_reached(store, keep=keep)
+        return _report(store, reached, list(_garbage(store, reached, name)), dry_run=True)
+    with alive(store, name):
+        others = signs(store, but=name)
+        if others:
+            raise ConflictError(
+                f"{store.uri} is in use by {described(others)}; nothing was removed. Run again when they have ended"
+            )
+        reached = find_reached(store, keep=keep)
+        found = list(_garbage(store, reached, name))
+        report = _report(store, reached, found, dry_run=False)
+        order = {kind: place for place, kind in enumerate(_KINDS)}
+        keys = [key for _, key, _ in sorted(found, key=lambda item: (order[item[0]], not _vouches(item[1]), item[1]))]
+        for start in range(0, len(keys), _AT_ONCE):
+            store.delete(keys[start : start + _AT_ONCE])
+        _tidy(store)
+    return report
+
+
+def find_reached(store: Store, *, keep: int | None) -> Reached:
+    """Everything that is kept, by name."""
+    reached = Reached()
+    exports = list_exports(store)
+    exporting = {manifest["run_id"] for manifest in exports}
+    for manifest in exports:
+        files = {"manifest.json", "lineage.json", "README.md", *(file["path"] for file in manifest["files"])}
+        reached.exports[manifest["name"], manifest["version"]] = files
+    runs = {run_id: read_run(store, run_id) for run_id in list_runs(store)}
+    oldest: dict[str, str] = {}
+    for corpus in store.children("corpora"):
+        numbers = kept_versions(store, corpus, keep)
+        used = {
+            int(run["corpus"]["version"])
+            for run_id, run in runs.items()
+            if run_id in exporting and run["corpus"]["name"] == corpus and run["corpus"].get("version")
+        }
+        there = set(kept_versions(store, corpus, None))
+        versions = [read_version(store, corpus, number) for number in sorted({*numbers, *used} & there)]
+        for version in versions:
+            _reach_version(store, reached, version)
+        if versions:
+            oldest[corpus] = min(version.created for version in versions)
+    for run_id, run in runs.items():
+        if run_id in exporting or _is_kept(run, reached, oldest):
+            _reach_run(reached, run_id, run)
+    return reached
+
+
+def kept_versions(store: Store, corpus: str, keep: int | None) -> list[int]:
+    """Numbers of the versions of a corpus that stay, ascending."""
+    names = (name.removesuffix(".json") for name in store.children(f"corpora/{corpus}/versions"))
+    numbers = sorted(int(name) for name in names if name.isdigit())
+    return numbers if keep is None else numbers[-keep:]
+
+
+def _reach_version(store: Store, reached: Reached, version: CorpusVersion) -> None:
+    reached.versions.add(version_key(version.corpus, version.version))
+    reached.snapshots.add(version.snapshot_id)
+    reached.quarantines.add(version.run_id)
+    for entry in version.sources:
+        reached.records.add(entry.record)
+        reached.blocks.update(entry.blocks)
+        if entry.pack is not None:
+            reached.records.add(entry.pack)
+
+
+def _is_kept(run: Json, reached: Reached, oldest: dict[str, str]) -> bool:
+    corpus, number = run["corpus"]["name"], run["corpus"].get("version")
+    if number is not None:
+        return version_key(corpus, int(number)) in reached.versions
+    return bool(run["started"] >= oldest.get(corpus, ""))
+
+
+def _reach_run(reached: Reached, run_id: str, run: Json) -> None:
+    reached.runs.add(run_id)
+    reached.quarantines.add(run_id)
+    if run.get("index_id"):
+        reached.indexes.add(run["index_id"])
+    for stage in run["stages"]:
+        for item in (*stage["inputs"], *stage["outputs"]):
+            found = re.search(rf"(?:targets/{_HEX}|scores/{_HEX}/{_HEX})(?=\.)", item["uri"])
+            if found:
+                reached.keys.add(found[0])
+
+
+def _garbage(store: Store, reached: Reached, collector: str) -> Iterator[tuple[str, str, int]]:
+    """(kind, key, bytes) of everything that nothing reaches."""
+    indexed: Counter[str] = Counter()
+    idle: list[tuple[str, str, int]] = []
+    for key, size in store.list(""):
+        kind, match = _kind(key)
+        if match is None:
+            continue
+        if kind == "indexes":
+            idle.append((match["index"], key, size))
+        elif not _keeps(reached, kind, match, key, collector):
+            yield kind, key, size
+        elif kind == "index records":
+            indexed[match["index"]] += 1
+    for identity, key, size in idle:
+        if not indexed[identity] and identity not in reached.indexes:
+            yield "indexes", key, size
+
+
+def _kind(key: str) -> tuple[str, re.Match[str] | None]:
+    for kind, pattern in _KINDS.items():
+        match = pattern.fullmatch(key)
+        if match is not None:
+            return kind, match
+    return "", None
+
+
+def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, collector: str) -> bool:
+    names = {
+        "runs": reached.runs,
+        "snapshots": reached.snapshots,
+        "object records": reached.records,
+        "seen objects": reached.records,
+        "quarantine": reached.quarantines,
+        "index records": reached.blocks,
+        "signatures": reached.blocks,
+        "blocks": reached.blocks,
+    }
+    if kind in names:
+        return match["id"] in names[kind]
+    if kind == "versions":
+        return key in reached.versions
+    if kind == "exports":
+        return match["path"] in reached.exports.get((match["name"], match["version"]), ())
+    if kind in ("targets", "scores"):
+        return key.partition(".")[0] in reached.keys
+    return kind == "signs of life" and sign_of(key) == collector
+
+
+def _vouches(key: str) -> bool:
+    """Whether an object makes others count."""
+    return key.endswith(("/manifest.json", "/run.json")) or (key.count("/") < 2 and key.endswith(".json"))
+
+
+def _report(store: Store, reached: Reached, found: Sequence[tuple[str, str, int]], *, dry_run: bool) -> Json:
+    removed: dict[str, dict[str, int]] = {}
+    kept: dict[str, list[int]] = {corpus: [] for corpus in store.children("corpora")}
+    for key in sorted(reached.versions):
+        _, corpus, _, name = key.split("/")
+        kept[corpus].append(int(name.removesuffix(".json")))
+    for kind, _, size in found:
+        counted = removed.setdefault(kind, {"objects": 0, "bytes": 0})
+        counted["objects"] += 1
+        counted["bytes"] += size
+    return {
+        "store": store.uri,
+        "dry_run": dry_run,
+        "kept": kept,
+        "removed": removed,
+        "objects": len(found),
+        "bytes": sum(size for _, _, size in found),
+        "keys": sorted(key for _, key, _ in found),
+    }
+
+
+def _tidy(store: Store) -> None:
+    """On a local disk: folders that are empty now, and what killed writers left beside their objects."""
+    if not store.is_local:
+        return
+    for top in _FOLDERS:
+        for folder, _, files in os.walk(store.url(top), topdown=False):
+            for name in files:
+                if _LITTER.search(name):
+                    Path(folder, name).unlink(missing_ok=True)
+            if not os.listdir(folder):
+                os.rmdir(folder)
