@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from prefect import flow, runtime
 
-from flows.stages import check, explain, export, index, ingest, task_runner, value
+from flows.stages import Runner, check, explain, export, index, ingest, mending, task_runner, value
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from tasks.recording import Recorder
@@ -39,14 +39,18 @@ def curate(config: CurationConfig, until: Until = "evaluate", run_id: str | None
     wanted = _ORDER[: _ORDER.index(until) + 1]
     run = Recorder(config, name="curate", run_id=run_id)
     with run, task_runner(config) as runner:
-        check(runner, config, model="index" in wanted, targets="value" in wanted)
-        corpus = ingest(run, runner, config, deep=deep)
-        if "index" in wanted:
-            indexed = index(run, runner, config, corpus)
-        if "value" in wanted:
-            valued = value(run, runner, config, corpus, indexed)
-        if "export" in wanted:
-            export(run, runner, config, corpus, indexed)
-        if "value" in wanted:
-            explain(run, runner, config, corpus, valued, evaluation="evaluate" in wanted)
+        mending(run, lambda: _run(run, runner, config, wanted, deep=deep))
     return run.summary()
+
+
+def _run(run: Recorder, runner: Runner, config: CurationConfig, wanted: tuple[Until, ...], *, deep: bool) -> None:
+    check(run, runner, config, model="index" in wanted, targets="value" in wanted)
+    corpus = ingest(run, runner, config, deep=deep)
+    if "index" in wanted:
+        indexed = index(run, runner, config, corpus)
+    if "value" in wanted:
+        valued = value(run, runner, config, corpus, indexed)
+    if "export" in wanted:
+        export(run, runner, config, corpus, indexed)
+    if "value" in wanted:
+        explain(run, runner, config, corpus, valued, evaluation="evaluate" in wanted)

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow, runtime
 
-from flows.stages import check, index, ingest, task_runner
+from flows.stages import Runner, check, index, ingest, mending, task_runner
 from rise_ops.config import CurationConfig
 from tasks.recording import Recorder
 
@@ -20,6 +20,10 @@ def index_corpus(config: CurationConfig, run_id: str | None = None, deep: bool =
     """Ingest what changed and compute the signatures that are missing. Returns the run's summary."""
     run = Recorder(config, name="index_corpus", run_id=run_id)
     with run, task_runner(config) as runner:
-        check(runner, config, model=True, targets=False)
-        index(run, runner, config, ingest(run, runner, config, deep=deep))
+        mending(run, lambda: _run(run, runner, config, deep=deep))
     return run.summary()
+
+
+def _run(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool) -> None:
+    check(run, runner, config, model=True, targets=False)
+    index(run, runner, config, ingest(run, runner, config, deep=deep))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring as _quoted
 from typing import TYPE_CHECKING, Any
 
-from rise_ops.errors import IntegrityError, MissingObjectError
+from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError
 from rise_ops.hashing import fingerprint
 from rise_ops.rows import CanonicalRow
 from rise_ops.store import Store
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 BLOCK_FORMAT = 1
 MIN_ROWS = 256
 MAX_ROWS = 4096
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 32 * 2**20
 """Canonical content of a block, in bytes, at which it ends."""
 
 _MASK = 2047
+_BATCH_ROWS = 64  # a page ends between batches: with Arrow's 1,024 rows, one of long texts would be as large as all
 _LOW_DIGITS = 3  # of the hexadecimal doc_id: twelve bits, of which eleven are looked at
 
 FORMAT_KEY = "rise_ops.format_version"
@@ -120,13 +121,13 @@ def read_block(store: Store, block_id: str, columns: Sequence[str] | None = None
     """
     key = block_key(block_id)
     try:
-        data = store.get(key)
+        return read_stored(store, key, columns=columns, known_format=BLOCK_FORMAT)
     except MissingObjectError as error:
-        raise IntegrityError(
-            f"block {block_id} is missing: {store.url(key)} is not in the store; restore it, or ingest its sources "
-            "into a new store (`curate verify` lists everything that is missing)"
+        raise DamagedError(
+            f"block {block_id} is missing: {store.url(key)} is not in the store; `curate run` makes it again from "
+            "its sources",
+            store.url(key),
         ) from error
-    return read_parquet(data, where=store.url(key), columns=columns, known_format=BLOCK_FORMAT)
 
 
 def read_doc_ids(store: Store, block_id: str) -> pl.Series:
@@ -137,14 +138,11 @@ def read_doc_ids(store: Store, block_id: str) -> pl.Series:
     IntegrityError
         The block is missing or damaged.
     """
-    import polars as pl
-
     key = block_key(block_id)
     try:
-        found: pl.Series = store.scan_parquet([key]).select("doc_id").collect()["doc_id"]
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise IntegrityError(f"{store.url(key)} is missing or damaged ({str(error).splitlines()[0][:300]})") from error
-    return found
+        return store.collected(key, lambda: store.scan_parquet([key]).select("doc_id").collect()["doc_id"])
+    except (IntegrityError, MissingObjectError) as error:
+        raise DamagedError(f"{store.url(key)} is missing or damaged ({error})", store.url(key)) from error
 
 
 def read_texts(store: Store, block_id: str) -> list[str]:
@@ -158,7 +156,8 @@ def read_texts(store: Store, block_id: str) -> list[str]:
     frame = read_block(store, block_id, columns=["doc_id", "text", "prompt"])
     texts: list[str] = frame["text"].to_list()
     if frame["doc_id"].to_list() != doc_ids(texts, frame["prompt"].to_list()):
-        raise IntegrityError(f"{store.url(block_key(block_id))} does not hold the content that its doc_ids name")
+        where = store.url(block_key(block_id))
+        raise DamagedError(f"{where} does not hold the content that its doc_ids name; run again", where)
     return texts
 
 
@@ -181,17 +180,36 @@ def parquet_bytes(columns: dict[str, Any], schema: Any, *, format_version: int =
     import pyarrow.parquet as pq
 
     table = pa.table(columns, schema=schema.with_metadata({FORMAT_KEY: str(format_version)}))
-    buffer = io.BytesIO()
+    sink = pa.BufferOutputStream()
     repeating = [name for name in table.column_names if name not in ("doc_id", "text", "meta")]
     pq.write_table(
         table,
-        buffer,
+        sink,
         compression="zstd",
         row_group_size=max(1, table.num_rows),
         use_dictionary=repeating,
         write_statistics=repeating,
+        write_batch_size=_BATCH_ROWS,
     )
-    return buffer.getvalue()
+    del table  # columns and file together are more than a block needs
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
+
+
+def read_stored(
+    store: Store, key: str, *, known_format: int, columns: Sequence[str] | None = None
+) -> pl.DataFrame:
+    """A Parquet object of the store, read whole.
+
+    Raises
+    ------
+    MissingObjectError, IntegrityError, StoreError, TransientError
+    """
+
+    def read() -> pl.DataFrame:
+        return read_parquet(store.get(key), where=store.url(key), columns=columns, known_format=known_format)
+
+    return store.checked(read)
 
 
 def read_parquet(data: bytes, *, where: str, known_format: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
@@ -206,4 +224,4 @@ def read_parquet(data: bytes, *, where: str, known_format: int, columns: Sequenc
             )
         return pl.read_parquet(io.BytesIO(data), columns=None if columns is None else list(columns))
     except pl.exceptions.PolarsError as error:
-        raise IntegrityError(f"{where} is damaged ({str(error).splitlines()[0]}); delete it and run again") from error
+        raise DamagedError(f"{where} is damaged ({str(error).splitlines()[0]}); run again", where) from error

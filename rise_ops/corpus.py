@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rise_ops.blocks import FORMAT_KEY, read_block
+from rise_ops.blocks import FORMAT_KEY, block_key, read_block, read_stored
 from rise_ops.config import CorpusConfig, FieldMap, LimitsConfig
 from rise_ops.errors import IntegrityError, MissingObjectError, SourceError
 from rise_ops.hashing import canonical_json, fingerprint
-from rise_ops.objects import BlockCount, places_key
+from rise_ops.objects import BlockCount, places_key, record_key, rows_key
 from rise_ops.readers import format_of, open_rows
 from rise_ops.rows import CanonicalRow, RowFault, canonical_row, ingest_fingerprint
 from rise_ops.sources import SourceObject, hash_object, list_objects, stat_object
@@ -37,6 +38,7 @@ __all__ = [
     "SourceEntry",
     "current_version",
     "diff_sources",
+    "list_incomplete",
     "list_sources",
     "look_at_sources",
     "parent_version",
@@ -133,6 +135,12 @@ class SourceDiff:
         same = (entry.listed for entry in self.unchanged) if deep else ()
         return (*self.added, *self.changed, *same)
 
+    def reopened(self, uris: Collection[str]) -> SourceDiff:
+        """With these of the unchanged objects among the changed."""
+        again = tuple(entry.listed for entry in self.unchanged if entry.uri in uris)
+        rest = tuple(entry for entry in self.unchanged if entry.uri not in uris)
+        return replace(self, changed=(*self.changed, *again), unchanged=rest)
+
 
 def list_sources(corpus: CorpusConfig, *, store: Store | None = None) -> list[SourceObject]:
     """The corpus' objects as they are now, sorted by uri.
@@ -219,6 +227,21 @@ def look_at_sources(
     return version, diff_sources(list_sources(corpus, store=store), version, settings)
 
 
+def list_incomplete(store: Store, version: CorpusVersion) -> set[str]:
+    """Uris of the objects of a version that lack something in the store: a record, a pack, a block, the snapshot."""
+    if not store.exists(f"snapshots/{version.snapshot_id}.parquet"):
+        return {entry.uri for entry in version.sources}
+    there = {key for folder in ("objects", "blocks") for key, _ in store.list(folder)}
+
+    def is_whole(entry: SourceEntry) -> bool:
+        records = [entry.record] if entry.pack is None else [entry.record, entry.pack]
+        keys = [key for record in records for key in (record_key(record), places_key(record))]
+        keys += [block_key(block) for block in entry.blocks]
+        return there.issuperset(keys if entry.pack is None else [*keys, rows_key(entry.record)])
+
+    return {entry.uri for entry in version.sources if not is_whole(entry)}
+
+
 def write_snapshot(store: Store, blocks: Iterable[BlockCount]) -> str:
     """Store the blocks of one state, with multiplicity; returns the snapshot's id."""
     import polars as pl
@@ -246,10 +269,7 @@ def read_snapshot(store: Store, snapshot_id: str) -> pl.DataFrame:
     ------
     MissingObjectError, IntegrityError
     """
-    from rise_ops.blocks import read_parquet
-
-    key = f"snapshots/{snapshot_id}.parquet"
-    return read_parquet(store.get(key), where=store.url(key), known_format=SNAPSHOT_FORMAT)
+    return read_stored(store, f"snapshots/{snapshot_id}.parquet", known_format=SNAPSHOT_FORMAT)
 
 
 def placements(store: Store, version: CorpusVersion, block_ids: Sequence[str]) -> pl.DataFrame:
@@ -294,11 +314,12 @@ def placements(store: Store, version: CorpusVersion, block_ids: Sequence[str]) -
     frames: list[pl.DataFrame] = []
     try:
         for start in range(0, len(scans), _SCANS_AT_ONCE):
-            frames += pl.collect_all([scan.select(columns) for scan in scans[start : start + _SCANS_AT_ONCE]])
-    except (pl.exceptions.PolarsError, FileNotFoundError) as error:
+            few = [scan.select(columns) for scan in scans[start : start + _SCANS_AT_ONCE]]
+            frames += store.collected("objects", partial(pl.collect_all, few))
+    except (IntegrityError, MissingObjectError) as error:
         raise IntegrityError(
             f"corpus {version.corpus} version {version.version}: a record under {store.url('objects')} is missing or "
-            f"damaged ({str(error).splitlines()[0][:300]})"
+            f"damaged ({error})"
         ) from error
     empty = {"block_id": pl.String, "block_row": pl.UInt32, "source_uri": pl.String, "source_row": pl.Int64}
     return pl.concat([pl.DataFrame(schema=empty), *frames]).sort(columns)

@@ -49,6 +49,25 @@ class IntegrityError(CurationError):
     """Stored bytes do not match their record, or were written in a newer format."""
 
 
+class DamagedError(IntegrityError):
+    """A stored object is missing or not what its record says, and can be made again.
+
+    Parameters
+    ----------
+    message
+        What, where, and what to do.
+    where
+        URL of the object.
+    """
+
+    def __init__(self, message: str, where: str) -> None:
+        super().__init__(message, where)
+        self.where = where
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class SelectionError(CurationError):
     """The selection cannot be met with the rows at hand."""
 

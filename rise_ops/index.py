@@ -27,10 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rise_ops.config import ModelConfig, SketchConfig
-from rise_ops.errors import IntegrityError, MissingObjectError, ModelError
+from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError, TransientError
 from rise_ops.hashing import fingerprint
+from rise_ops.retry import retried
 from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
-from rise_ops.store import Store, named_errors
+from rise_ops.store import Store, zarr_errors
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
@@ -224,6 +225,10 @@ def write_signatures(store: Store, group_key: str, signatures: RowSignatures) ->
     ------
     StoreError, TransientError
     """
+    retried(lambda: store.checked(lambda: _write_arrays(store, group_key, signatures)))
+
+
+def _write_arrays(store: Store, group_key: str, signatures: RowSignatures) -> None:
     import zarr
     from zarr.errors import ContainsArrayError, ContainsGroupError
 
@@ -234,7 +239,7 @@ def write_signatures(store: Store, group_key: str, signatures: RowSignatures) ->
         ("tokens", signatures.tokens, (rows,), -1),
         ("chunks", signatures.chunks, (rows,), -1),
     ]
-    with named_errors(store, group_key):
+    with zarr_errors(store, group_key):
         try:
             group = zarr.open_group(store.zarr(group_key), mode="a", zarr_format=3)
         except ContainsGroupError:  # another worker made it between zarr's look and its own write
@@ -252,9 +257,14 @@ def write_signatures(store: Store, group_key: str, signatures: RowSignatures) ->
 def checksums(store: Store, group_key: str) -> dict[str, int]:
     """CRC-32C of every stored object of a group, by its key below the group."""
     prefix = f"{group_key}/"
-    return {
-        key.removeprefix(prefix): crc32c(store.get_buffer(key)) for key in sorted(key for key, _ in store.list(prefix))
-    }
+    return {key.removeprefix(prefix): _checksum(store, key, size) for key, size in sorted(store.list(prefix))}
+
+
+def _checksum(store: Store, key: str, size: int) -> int:
+    data = store.get_buffer(key)
+    if len(data) != size:  # of a body that was cut, the checksum would be recorded and refuse the whole one for ever
+        raise TransientError(f"{store.url(key)} has {size:,} bytes, and {len(data):,} were sent")
+    return crc32c(data)
 
 
 def crc32c(data: memoryview) -> int:
@@ -277,9 +287,11 @@ def read_record(store: Store, identity: str, block_id: str) -> BlockRecord:
     try:
         return BlockRecord.from_json(store.get_json(key, format_version=FORMAT_VERSION))
     except MissingObjectError:
-        raise IntegrityError(f"block {block_id} is not in index {identity[:12]}; run `curate index`") from None
+        raise DamagedError(
+            f"block {block_id} is not in index {identity[:12]}; run `curate index`", store.url(key)
+        ) from None
     except KeyError as error:
-        raise IntegrityError(f"{store.url(key)} has no {error}; delete it and run `curate index`") from None
+        raise DamagedError(f"{store.url(key)} has no {error}; run `curate index`", store.url(key)) from None
 
 
 def read_records(store: Store, identity: str, block_ids: Iterable[str]) -> dict[str, BlockRecord]:
@@ -331,16 +343,22 @@ def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> 
 
 def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
     """A stored object of a block, which must be what its record says."""
+    return store.checked(lambda: _read_once(store, identity, record, name))
+
+
+def _read_once(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
     key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
     try:
         data = store.get_buffer(key)
     except MissingObjectError:
-        raise IntegrityError(f"{store.url(key)} is missing; run `curate index` to compute it again") from None
+        raise DamagedError(
+            f"{store.url(key)} is missing; run `curate index` to compute it again", store.url(key)
+        ) from None
     if crc32c(data) != record.crc32c.get(name):
-        # only the object itself: with the record gone, nothing would tell it from a good one
-        raise IntegrityError(
-            f"{store.url(key)} does not match the checksum in its block's record; delete this object and run "
-            "`curate index` to compute it again"
+        raise DamagedError(
+            f"{store.url(key)} does not match the checksum in its block's record; `curate verify --deep` notes it, and "
+            "the next run computes it again",
+            store.url(key),
         )
     return data
 

@@ -33,6 +33,8 @@ class IndexWork:
     """Key of the rows that can be copied (`rise_ops.reuse`)."""
     rows_to_sketch: int
     """Rows that stand nowhere in the index."""
+    is_described: bool
+    """Whether the index has its description and its tables."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -55,7 +57,8 @@ def plan_work(store: Store, config: CurationConfig, version: CorpusVersion, *, r
     recorded = [block for block in listing.recorded if block not in missing]
     found: dict[str, int] = {}
     key = None
-    if missing and recorded and store.exists(index_key(identity)):
+    described = store.exists(index_key(identity))
+    if missing and recorded and described:
         candidates = candidate_blocks(store, recorded, rows_of, earlier=parent_version(store, version))
         columns = ((block, read_doc_ids(store, block)) for block in missing)
         matches = find_rows(store, columns, candidates, memory=int(config.limits.memory))
@@ -69,4 +72,5 @@ def plan_work(store: Store, config: CurationConfig, version: CorpusVersion, *, r
         missing_rows=list(missing.values()),
         reuse=key,
         rows_to_sketch=sum(missing.values()) - sum(found.values()),
+        is_described=described,
     )

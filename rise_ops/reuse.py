@@ -11,7 +11,7 @@ there. Rows are looked up by doc_id; of the candidate blocks only that column is
 The search ends when every row is found, or when it has looked at LOOKS_PER_ROW doc_ids for each row in search
 (and at FREE_LOOKS in all): from there on, computing the rest costs less than looking on.
 
-    runs/<run_id>/reuse.parquet   block_id, block_row, from_block, from_row; sorted by block
+    runs/<run_id>/reuse-<hash>.parquet   block_id, block_row, from_block, from_row; sorted by block
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import polars as pl
 from rise_ops.blocks import read_doc_ids
 from rise_ops.corpus import CorpusVersion, parent_version
 from rise_ops.errors import IntegrityError
+from rise_ops.hashing import sha256_hex
 from rise_ops.store import Store
 
 LOOKS_PER_ROW = 1_000
@@ -101,7 +102,7 @@ def write_reuse(store: Store, run_id: str, found: Iterable[pl.DataFrame]) -> tup
         return None, {}
     buffer = io.BytesIO()
     whole.write_parquet(buffer, row_group_size=2**16)
-    key = f"runs/{run_id}/reuse.parquet"
+    key = f"runs/{run_id}/reuse-{sha256_hex(buffer.getvalue())[:16]}.parquet"
     store.create(key, buffer.getvalue())
     return key, dict(whole.group_by("block_id").len().iter_rows())
 
@@ -110,7 +111,8 @@ def read_reuse(store: Store, key: str | None, blocks: Sequence[str]) -> dict[str
     """What `write_reuse` stored of some blocks: block_row, from_block, from_row by block."""
     if key is None:
         return {}
-    rows = store.scan_parquet([key]).filter(pl.col("block_id").is_in(list(blocks))).collect()
+    wanted = pl.col("block_id").is_in(list(blocks))
+    rows = store.collected(key, lambda: store.scan_parquet([key]).filter(wanted).collect())
     return {str(name): part.drop("block_id") for (name,), part in rows.partition_by("block_id", as_dict=True).items()}
 
 

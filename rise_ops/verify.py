@@ -1,127 +1,260 @@
-"""Is everything in the store that its records promise? Reads only.
+"""Is everything in the store that its records promise?
 
-Shallow: every block of every current corpus version, every chunk of every recorded index block and every
-file of every finished export exists with its size. Deep: their contents are hashed again, too: blocks
-against their id, index objects against the CRC-32C in their record, export files against the SHA-256 in the
-manifest.
+Shallow: every corpus version can be read, and its snapshot, records, packs and blocks are there; every recorded
+index block has all its objects in full size; every target and every finished export is whole. Deep: contents are
+hashed again, too: blocks, snapshots and small objects' rows against their ids, signatures and targets against the
+CRC-32C in their record, sketch tables against the index, export files against the SHA-256 in the manifest; other
+Parquet files are decoded.
+
+Nothing is changed. What is broken is noted (`rise_ops.damage`), and the next run makes it again where it can.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
+import polars as pl
 
-from rise_ops.blocks import RowBuffer, block_key, read_block
-from rise_ops.corpus import CorpusVersion, current_version
-from rise_ops.errors import IntegrityError
+from rise_ops.blocks import RowBuffer, block_key, doc_ids, read_block, read_parquet
+from rise_ops.corpus import CorpusVersion, read_snapshot, read_version
+from rise_ops.damage import Damage, note_damage
+from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
 from rise_ops.export import list_exports
 from rise_ops.hashing import fingerprint
-from rise_ops.index import BlockRecord, list_indexed, read_record
+from rise_ops.index import IndexListing, crc32c, index_key, list_indexes, read_record
+from rise_ops.objects import RECORD_FORMAT, places_key, record_key, rows_key
+from rise_ops.objects import read_record as read_object_record
+from rise_ops.signatures import load_tables
 from rise_ops.store import Store
+from rise_ops.targets import read_target
 
 Json = dict[str, Any]
+Found = Damage | None
+"""What looking at one thing gave: nothing is wrong with it, or this."""
+
+AGAIN = "the next run makes it again"
+GONE = "restore it from a backup"
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is not as recorded."""
+class _Check:
+    """One thing to look at."""
 
     key: str
-    problem: str
     remedy: str
+    look: Callable[[], str | None]
+    """Tells what is wrong, or raises."""
 
 
 def verify_store(store: Store, *, deep: bool = False) -> Json:
-    """What is broken: {"checked": objects looked at, "deep": bool, "broken": [{key, problem, remedy}]}."""
+    """What is broken: {store, checked: things looked at, deep, broken: [{key, problem, remedy}], noted}.
+
+    `noted` is False where the store could not take the notes.
+    """
     checked = 0
-    faults = []
-    for fault in (
-        *_corpora(store, deep=deep),
-        *_indexes(store, deep=deep),
-        *_exports(store, deep=deep),
-    ):
+    broken: list[dict[str, str]] = []
+    for check in _checks(store, deep=deep):
         checked += 1
-        if fault is not None:
-            faults.append(asdict(fault))
-    return {"store": store.uri, "deep": deep, "checked": checked, "broken": faults}
-
-
-def _corpora(store: Store, *, deep: bool) -> Iterator[Fault | None]:
-    there = {key for key, _ in store.list("blocks")}
-    for name in store.children("corpora"):
-        version = current_version(store, name)
-        if version is not None:
-            for block_id in sorted({block for entry in version.sources for block in entry.blocks}):
-                yield _block(store, version, block_id, there, deep=deep)
-
-
-def _block(store: Store, version: CorpusVersion, block_id: str, there: set[str], *, deep: bool) -> Fault | None:
-    key = block_key(block_id)
-    remedy = f"restore it from a backup, or ingest corpus {version.corpus} into a new store"
-    if key not in there:
-        return Fault(key, "is missing", remedy)
-    if not deep:
-        return None
+        problem = _problem(check)
+        if problem is not None:
+            broken.append({"key": check.key, "problem": problem, "remedy": check.remedy})
+    noted = True
     try:
-        frame = read_block(store, block_id)
+        note_damage(store, [Damage(item["key"], item["problem"]) for item in broken if item["remedy"] == AGAIN])
+    except CurationError:
+        noted = False
+    return {"store": store.uri, "deep": deep, "checked": checked, "broken": broken, "noted": noted}
+
+
+def _problem(check: _Check) -> str | None:
+    try:
+        return check.look()
+    except MissingObjectError:
+        return "is missing"
     except IntegrityError as error:
-        return Fault(key, str(error), remedy)
-    rows = RowBuffer(
-        doc_id=frame["doc_id"].to_list(),
-        text=frame["text"].to_list(),
-        prompt=frame["prompt"].to_list(),
-        text_field=frame["text_field"].to_list(),
-        meta=frame["meta"].to_list(),
-    )
-    texts = zip(rows.text, rows.prompt, strict=True)
-    if rows.block_id() != block_id or rows.doc_id != [fingerprint([text, prompt]) for text, prompt in texts]:
-        return Fault(key, "does not hold the content that its name says", remedy)
-    return None
+        return str(error)
+    except (pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
+        return f"is damaged ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})"
 
 
-def _indexes(store: Store, *, deep: bool) -> Iterator[Fault | None]:
-    for identity in store.children("indexes"):
-        prefix = f"indexes/{identity}/blocks/"
-        records: dict[int, list[BlockRecord]] = {}
-        for key in sorted(key for key, _ in store.list(prefix) if key.count("/") == 3 and key.endswith(".json")):
-            block_id = key.removeprefix(prefix).removesuffix(".json")
-            try:
-                record = read_record(store, identity, block_id)
-            except IntegrityError as error:
-                yield Fault(key, str(error), "delete it and run `curate index`")
-                continue
-            records.setdefault(record.dim, []).append(record)
-        for dim, same in records.items():
-            whole = list_indexed(store, identity, {record.block_id: record.rows for record in same}, dim=dim)
-            for record in same:
-                yield _index_block(
-                    store, f"{prefix}{record.block_id}", record, whole=record.block_id in whole, deep=deep
-                )
-
-
-def _index_block(store: Store, key: str, record: BlockRecord, *, whole: bool, deep: bool) -> Fault | None:
-    if not whole:
-        return Fault(f"{key}.zarr", "lacks objects", "run `curate index`: it computes this block again")
+def _checks(store: Store, *, deep: bool) -> Iterator[_Check]:
+    yield from _corpora(store, deep=deep)
+    yield from _indexes(store, deep=deep)
+    yield from _targets(store, deep=deep)
     if deep:
-        for name, checksum in record.crc32c.items():
-            damaged = f"{key}.zarr/{name}"
-            if google_crc32c.value(store.get(damaged)) != checksum:
-                return Fault(damaged, "does not match its checksum", "delete this object and run `curate index`")
+        yield from _scores(store)
+    yield from _exports(store, deep=deep)
+
+
+def _corpora(store: Store, *, deep: bool) -> Iterator[_Check]:
+    versions: list[CorpusVersion] = []
+    for corpus in store.children("corpora"):
+        names = [name for name in store.children(f"corpora/{corpus}/versions") if name.removesuffix(".json").isdigit()]
+        for name in names:
+            yield _version(store, corpus, name, versions, is_latest=name == names[-1])
+    for snapshot in dict.fromkeys(version.snapshot_id for version in versions):
+        yield _snapshot(store, snapshot, deep=deep)
+    entries = [entry for version in versions for entry in version.sources]
+    objects = {key for key, _ in store.list("objects")}
+    for record in dict.fromkeys(entry.record for entry in entries):
+        yield from _record(store, record, objects, deep=deep)
+    for pack in dict.fromkeys(entry.pack for entry in entries if entry.pack is not None):
+        yield from _files(store, (record_key(pack), places_key(pack)), objects, deep=deep)
+    blocks = {key for key, _ in store.list("blocks")}
+    for block in dict.fromkeys(block for entry in entries for block in entry.blocks):
+        yield _block(store, block, blocks, deep=deep)
+
+
+def _version(store: Store, corpus: str, name: str, found: list[CorpusVersion], *, is_latest: bool) -> _Check:
+    def look() -> None:
+        found.append(read_version(store, corpus, int(name.removesuffix(".json"))))
+
+    return _Check(f"corpora/{corpus}/versions/{name}", AGAIN if is_latest else GONE, look)
+
+
+def _snapshot(store: Store, snapshot: str, *, deep: bool) -> _Check:
+    key = f"snapshots/{snapshot}.parquet"
+
+    def look() -> str | None:
+        if not deep:
+            return None if store.exists(key) else "is missing"
+        blocks = read_snapshot(store, snapshot)["block_id"].to_list()
+        return None if fingerprint(blocks) == snapshot else "does not hold the blocks that its name says"
+
+    return _Check(key, AGAIN, look)
+
+
+def _record(store: Store, record: str, there: set[str], *, deep: bool) -> Iterator[_Check]:
+    def look() -> str | None:
+        known = read_object_record(store, record)
+        if known.small and rows_key(record) not in there:
+            return "is missing its rows"
+        return None
+
+    yield _Check(record_key(record), AGAIN, look)
+    rows = (rows_key(record),) if rows_key(record) in there else ()
+    yield from _files(store, (places_key(record), *rows), there, deep=deep)
+
+
+def _files(store: Store, keys: Iterable[str], there: set[str], *, deep: bool) -> Iterator[_Check]:
+    """Files of which only their presence, and deep, that they decode, can be checked."""
+
+    def looker(key: str) -> Callable[[], str | None]:
+        def look() -> str | None:
+            if key not in there:
+                return "is missing"
+            if deep and key.endswith(".parquet"):
+                frame = read_parquet(store.get(key), where=store.url(key), known_format=RECORD_FORMAT)
+                if "text" in frame.columns and frame["doc_id"].to_list() != doc_ids(
+                    frame["text"].to_list(), frame["prompt"].to_list()
+                ):
+                    return "does not hold the content that its doc_ids name"
+            return None
+
+        return look
+
+    for key in keys:
+        yield _Check(key, AGAIN, looker(key))
+
+
+def _block(store: Store, block_id: str, there: set[str], *, deep: bool) -> _Check:
+    key = block_key(block_id)
+
+    def look() -> str | None:
+        if key not in there:
+            return "is missing"
+        return _misnamed(read_block(store, block_id), block_id) if deep else None
+
+    return _Check(key, AGAIN, look)
+
+
+def _misnamed(frame: pl.DataFrame, block_id: str) -> str | None:
+    names = ("doc_id", "text", "prompt", "text_field", "meta")
+    doc_id, text, prompt, text_field, meta = (frame[name].to_list() for name in names)
+    rows = RowBuffer(doc_id, text, prompt, text_field, meta)
+    if rows.block_id() != block_id or rows.doc_id != doc_ids(rows.text, rows.prompt):
+        return "does not hold the content that its name says"
     return None
 
 
-def _exports(store: Store, *, deep: bool) -> Iterator[Fault | None]:
+def _indexes(store: Store, *, deep: bool) -> Iterator[_Check]:
+    for identity in list_indexes(store):
+        yield _index(store, identity, deep=deep)
+        listing = IndexListing(store, identity)
+        for block_id in listing.recorded:
+            yield from _index_block(store, identity, block_id, listing, deep=deep)
+
+
+def _index(store: Store, identity: str, *, deep: bool) -> _Check:
+    def look() -> str | None:
+        described = store.get_json(index_key(identity))
+        if deep and load_tables(store, f"indexes/{identity}/tables.zarr").sha256 != described["tables_sha256"]:
+            return "was made with other sketch tables than those beside it"
+        return None
+
+    return _Check(f"indexes/{identity}/tables.zarr/zarr.json" if deep else index_key(identity), AGAIN, look)
+
+
+def _index_block(store: Store, identity: str, block_id: str, listing: IndexListing, *, deep: bool) -> Iterator[_Check]:
+    prefix = f"indexes/{identity}/blocks/{block_id}"
+    sums: dict[str, int] = {}
+
+    def look() -> str | None:
+        record = read_record(store, identity, block_id)
+        sums.update(record.crc32c)
+        return None if listing.complete({block_id: record.rows}, dim=record.dim) else "lacks objects of its block"
+
+    yield _Check(f"{prefix}.json", AGAIN, look)
+    if deep:
+        for name, checksum in sums.items():
+            yield _object(store, f"{prefix}.zarr/{name}", lambda data, right=checksum: crc32c(data) == right)  # type: ignore[misc]
+
+
+def _object(store: Store, key: str, is_right: Callable[[memoryview], bool]) -> _Check:
+    def look() -> str | None:
+        return None if is_right(store.get_buffer(key)) else "does not match its checksum"
+
+    return _Check(key, AGAIN, look)
+
+
+def _targets(store: Store, *, deep: bool) -> Iterator[_Check]:
+    for file in store.children("targets"):
+        if file.endswith(".json"):
+            name = file.removesuffix(".json")
+
+            def look(name: str = name) -> None:
+                if deep:
+                    read_target(store, name)
+                else:
+                    store.get_json(f"targets/{name}.json")
+
+            yield _Check(f"targets/{file}", AGAIN, look)
+
+
+def _scores(store: Store) -> Iterator[_Check]:
+    for key, _ in sorted(store.list("scores")):
+
+        def look(key: str = key) -> None:
+            pl.read_parquet(io.BytesIO(store.get(key)))
+
+        yield _Check(key, AGAIN, look)
+
+
+def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:
     for manifest in list_exports(store):
         folder = f"exports/{manifest['name']}/{manifest['version']}"
         for file in manifest["files"]:
             key = f"{folder}/{file['path']}"
-            problem = None
-            if store.size(key) != file["bytes"]:
-                problem = "is missing or has another size"
-            elif deep and hashlib.sha256(store.get(key)).hexdigest() != file["sha256"]:
-                problem = "does not match its checksum"
-            yield None if problem is None else Fault(key, problem, "run `curate export` under another export.name")
+
+            def look(key: str = key, file: Json = file) -> str | None:
+                if store.size(key) != file["bytes"]:
+                    return "is missing or has another size"
+                if deep and hashlib.sha256(store.get(key)).hexdigest() != file["sha256"]:
+                    return "does not match its checksum"
+                return None
+
+            yield _Check(key, AGAIN, look)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
 from rise_ops.blocks import block_key
 from rise_ops.config import CorpusConfig, LimitsConfig
-from rise_ops.corpus import look_at_sources, read_version
+from rise_ops.corpus import list_incomplete, look_at_sources, read_version
 from rise_ops.diff import diff_versions
 from rise_ops.ingest import IngestedObject, ingest_object, publish
+from rise_ops.memory import ingest_memory
 from rise_ops.objects import record_key
 from rise_ops.rows import ingest_fingerprint
 from rise_ops.sources import SourceObject
@@ -18,17 +20,26 @@ from tasks.policy import Json, stage
 from tasks.progress import stage_progress
 
 
+_logger = logging.getLogger(__name__)
+
+
 def _identity(call: Any) -> Any:
-    if call["deep"] or any(item["etag"] is None and item["mtime"] is None for item in call["objects"]):
+    if call["fresh"] or any(item["etag"] is None and item["mtime"] is None for item in call["objects"]):
         return None  # to be read again, or nothing tells one state of such an object from another
     return [call["objects"], ingest_fingerprint(call["corpus"].fields, call["limits"])]
 
 
 @stage("survey")
-def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig, deep: bool) -> Json:
-    """List the sources and compare them with the corpus' current version."""
+def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig, deep: bool, healed: bool) -> Json:
+    """List the sources and compare them with the corpus' current version.
+
+    Where the store was healed, objects of which something is missing now count as changed.
+    """
+    _logger.info("%s", ingest_memory(int(limits.memory)).text)
     store = Store(store_uri)
     version, diff = look_at_sources(store, corpus, limits)
+    if version is not None and (healed or deep):
+        diff = diff.reopened(list_incomplete(store, version))
     return {
         "parent": version.version if version else None,
         "read": [asdict(source) for source in diff.to_read(deep=deep)],

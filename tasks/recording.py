@@ -17,7 +17,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from rise_ops.alive import alive, wait_for_collectors
 from rise_ops.config import CurationConfig
-from rise_ops.errors import ConfigError, CurationError
+from rise_ops.damage import damage_of, note_damage
+from rise_ops.errors import ConfigError, CurationError, DamagedError
 from rise_ops.report import write_report
 from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
 from rise_ops.store import Store
@@ -94,6 +95,18 @@ class Recorder:
             )
         )
 
+    def mend(self, error: DamagedError) -> bool:
+        """Note a broken object and forget the stages so far, which are to run again. False: it cannot be noted."""
+        damage = damage_of(self.store, error)
+        if damage is None:
+            return False
+        try:
+            note_damage(self.store, [damage])
+        except CurationError:  # a store that refuses would hide the error behind its own
+            return False
+        self.record["stages"] = []
+        return True
+
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
             stack.enter_context(alive(self.store, self.run_id))
@@ -106,6 +119,9 @@ class Recorder:
             self._close(error)
 
     def _close(self, error: BaseException | None) -> None:
+        if isinstance(error, DamagedError) and (damage := damage_of(self.store, error)):
+            with suppress(CurationError):
+                note_damage(self.store, [damage])
         if error is not None:
             self.record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}
