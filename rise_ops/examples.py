@@ -16,8 +16,9 @@ from rise_ops.attribution import Attribution, Hit, explain
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
+from rise_ops.tables import iter_table
 from rise_ops.targets import read_target
-from rise_ops.valuation import merge_extremes
+from rise_ops.valuation import Part, read_extremes
 
 FORMAT_VERSION = 1
 ROWS = 10
@@ -25,6 +26,7 @@ QUERIES = 5
 """Queries shown of each target: the first ones."""
 HITS = 5
 TEXT_CHARACTERS = 2_000
+_ROWS_AT_ONCE = 65_536
 
 Json = dict[str, Any]
 
@@ -35,26 +37,25 @@ def examples_key(run_id: str) -> str:
 
 
 def write_examples(store: Store, version: CorpusVersion, blocks: Sequence[str], *, run_id: str,
-                   targets: Mapping[str, str], extremes: Sequence[str], evaluation: Json | None) -> str:  # fmt: skip
+                   targets: Mapping[str, str], parts: Sequence[Part], evaluation: Json | None) -> str:  # fmt: skip
     """Collect and store a run's examples. Returns their key.
 
     Parameters
     ----------
     targets
         Target name to target id.
-    extremes
-        Keys of the extremes of all parts.
+    parts
+        The scored parts, in order.
     """
     best, worst = _edges(store, run_id)
-    parts = store.scan_parquet(extremes).filter(pl.col("query") < QUERIES)
-    nearest = merge_extremes(parts, k=HITS)
+    nearest = read_extremes(store, parts, k=HITS, where=pl.col("query") < QUERIES)
     queries = []
     for name, target in targets.items():
         opened = read_target(store, target).head(QUERIES)
         found = explain(store, version, blocks, opened, nearest.filter(pl.col("target") == name))
         queries += [_query(name, attribution) for attribution in found]
     hits = [hit for query in queries for hit in (*query["top"], *query["bottom"])]
-    kept = _kept(store, run_id, {hit["doc_id"] for hit in hits})
+    kept = _kept(store, run_id, {(hit["source_uri"], hit["source_row"]) for hit in hits})
     for hit in hits:
         hit["kept"] = kept[hit["source_uri"], hit["source_row"]]
     store.create_json(
@@ -73,14 +74,11 @@ def write_examples(store: Store, version: CorpusVersion, blocks: Sequence[str], 
 def _edges(store: Store, run_id: str) -> tuple[list[Json], list[Json]]:
     """The highest and lowest valued rows."""
     decisions = store.scan_parquet([decisions_key(run_id)])
-    ranked = decisions.select(pl.col("rank").max()).collect().item()
+    key = decisions_key(run_id)
+    ranked = store.collected(key, lambda: decisions.select(pl.col("rank").max()).collect().item())
     columns = ["doc_id", "value", "rank", "kept", "source_uri", "source_row", "block_id", "block_row"]
-    rows = (
-        decisions.filter((pl.col("rank") <= ROWS) | (pl.col("rank") > ranked - ROWS))
-        .select(columns)
-        .sort("rank")
-        .collect(engine="streaming")
-    )
+    edges = decisions.filter((pl.col("rank") <= ROWS) | (pl.col("rank") > ranked - ROWS)).select(columns).sort("rank")
+    rows = store.collected(key, lambda: edges.collect(engine="streaming"))
     texts = {
         (block, row): read_block(store, block, columns=["text"])["text"][row]
         for block, row in rows.select("block_id", "block_row").iter_rows()
@@ -115,12 +113,12 @@ def _hit(hit: Hit) -> Json:
     }
 
 
-def _kept(store: Store, run_id: str, doc_ids: set[str]) -> dict[tuple[str, int], bool]:
+def _kept(store: Store, run_id: str, places: set[tuple[str, int]]) -> dict[tuple[str, int], bool]:
     """Fate of rows by place: copies of a text may differ in it."""
-    rows = (
-        store.scan_parquet([decisions_key(run_id)])
-        .filter(pl.col("doc_id").is_in(list(doc_ids)))
-        .select("source_uri", "source_row", "kept")
-        .collect(engine="streaming")
-    )
-    return {(uri, row): kept for uri, row, kept in rows.iter_rows()}
+    columns = ["source_uri", "source_row", "kept"]
+    wanted = pl.DataFrame(sorted(places), schema={"source_uri": pl.String, "source_row": pl.Int64}, orient="row")
+    found = [
+        frame.join(wanted, on=columns[:2], how="semi")
+        for frame in iter_table(store, decisions_key(run_id), columns=columns, rows=_ROWS_AT_ONCE)
+    ]
+    return {(uri, row): kept for frame in found for uri, row, kept in frame.iter_rows()}

@@ -65,11 +65,7 @@ def _trace_row(store: Store, prefix: str) -> Json:
     for run_id in reversed(list_runs(store)):
         if not store.exists(decisions_key(run_id)):
             continue
-        found = (
-            store.scan_parquet([decisions_key(run_id)])
-            .filter(pl.col("doc_id").str.starts_with(prefix))
-            .collect(engine="streaming")
-        )
+        found = _decided(store, run_id, prefix)
         occurrences += [{"run_id": run_id, **row} for row in found.iter_rows(named=True)]
     if not occurrences:
         raise ConfigError(f"no run in {store.uri} decided on a row {prefix}")
@@ -93,6 +89,13 @@ def _trace_row(store: Store, prefix: str) -> Json:
         "code": latest["code"],
         "config_fingerprint": latest["config_fingerprint"],
     }
+
+
+def _decided(store: Store, run_id: str, prefix: str) -> pl.DataFrame:
+    """A run's decisions on rows whose doc_id begins so."""
+    key = decisions_key(run_id)
+    rows = store.scan_parquet([key]).filter(pl.col("doc_id").str.starts_with(prefix))
+    return store.collected(key, lambda: rows.collect(engine="streaming"))
 
 
 def _sources(store: Store, run: Json, rows: list[Json]) -> list[Json]:

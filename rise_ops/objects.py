@@ -17,7 +17,6 @@ no block is small: `rise_ops.packs` puts it into a block with others, so its row
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rise_ops.blocks import FORMAT_KEY, MIN_ROWS, RowBuffer, block_schema, parquet_bytes, read_parquet
+from rise_ops.blocks import FORMAT_KEY, MIN_ROWS, RowBuffer, block_schema, parquet_bytes, read_stored
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.rows import RowFault, raw_text, well_formed
 from rise_ops.sources import SourceObject
+from rise_ops.spool import spool
 from rise_ops.store import Store
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def read_rows_doc_ids(store: Store, record: str) -> pl.Series:
     MissingObjectError, IntegrityError
     """
     key = rows_key(record)
-    return read_parquet(store.get(key), where=store.url(key), columns=["doc_id"], known_format=RECORD_FORMAT)["doc_id"]
+    return read_stored(store, key, columns=["doc_id"], known_format=RECORD_FORMAT)["doc_id"]
 
 
 class PlaceWriter:
@@ -243,8 +243,8 @@ class PlaceWriter:
 @contextmanager
 def spooled_places() -> Iterator[tuple[PlaceWriter, Path]]:
     """A `PlaceWriter` on a temporary file, and the file."""
-    with tempfile.TemporaryDirectory(prefix="curate-") as folder:
-        path = Path(folder) / "places.parquet"
+    with spool() as folder:
+        path = folder / "places.parquet"
         writer = PlaceWriter(path)
         try:
             yield writer, path

@@ -29,7 +29,7 @@ from rise_ops.blocks import (
     RowBuffer,
     block_key,
     parquet_bytes,
-    read_parquet,
+    read_stored,
     write_block,
 )
 from rise_ops.hashing import fingerprint
@@ -118,8 +118,7 @@ def _gather(store: Store, members: Sequence[ObjectRecord]) -> tuple[RowBuffer, d
     """The members' rows, and the object and row that each came from."""
 
     def load(member: ObjectRecord) -> pl.DataFrame:
-        key = rows_key(member.record)
-        return read_parquet(store.get(key), where=store.url(key), known_format=RECORD_FORMAT)
+        return read_stored(store, rows_key(member.record), known_format=RECORD_FORMAT)
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         frames = list(pool.map(load, members))

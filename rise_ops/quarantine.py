@@ -8,10 +8,8 @@ its sources. It is streamed from the records, a batch at a time.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 import pyarrow as pa
@@ -22,6 +20,7 @@ from rise_ops.config import LimitsConfig
 from rise_ops.corpus import SourceEntry
 from rise_ops.errors import BadRowsError, SourceError
 from rise_ops.objects import places_key
+from rise_ops.spool import spool
 from rise_ops.store import Store
 
 QUARANTINE_FORMAT = 1
@@ -84,21 +83,28 @@ def check_rows(store: Store, entries: Sequence[SourceEntry], *, corpus: str, run
 def _write(store: Store, entries: Sequence[SourceEntry], *, run_id: str) -> tuple[Counter[str], list[str]]:
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="curate-") as folder:
-        path = Path(folder) / "rejected.parquet"
+    with spool() as folder:
+        path = folder / "rejected.parquet"
         with pq.ParquetWriter(path, _REJECTED, compression="zstd") as writer:
             for entry in entries:
                 if not entry.rejected:
                     continue
-                places = store.scan_parquet([places_key(entry.record)]).filter(pl.col("reason").is_not_null())
-                found = places.select(pl.lit(entry.uri).alias("source_uri"), *_REJECTED.names[1:])
-                for frame in found.collect_batches(chunk_size=_BATCH_ROWS, maintain_order=True):
+                for frame in _rejected(store, entry):
                     counts.update(frame["error"].to_list())
                     for error, reason in frame.unique("error", keep="first").select("error", "reason").iter_rows():
                         examples.setdefault(error, f"{entry.uri} {reason}"[:_EXAMPLE_CHARACTERS])
                     writer.write_table(pa.table(frame.to_arrow()).cast(_REJECTED))
         store.create_from_file(quarantine_key(run_id), path)
     return counts, [examples[error] for error, _ in counts.most_common(_EXAMPLES)]
+
+
+def _rejected(store: Store, entry: SourceEntry) -> Iterator[pl.DataFrame]:
+    """The rejected rows of one object, a batch at a time."""
+    key = places_key(entry.record)
+    with store.scanning(key):
+        places = store.scan_parquet([key]).filter(pl.col("reason").is_not_null())
+        found = places.select(pl.lit(entry.uri).alias("source_uri"), *_REJECTED.names[1:])
+        yield from found.collect_batches(chunk_size=_BATCH_ROWS, maintain_order=True)
 
 
 def _summary(

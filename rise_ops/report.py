@@ -114,7 +114,9 @@ def _readable(value: Any) -> Any:
 
 def _decisions(store: Store, run_id: str) -> DecisionFigures | None:
     key = f"runs/{run_id}/decisions.parquet"
-    return decision_figures(store.scan_parquet([key])) if store.exists(key) else None
+    if not store.exists(key):
+        return None
+    return store.collected(key, lambda: decision_figures(store.scan_parquet([key])))
 
 
 def _optional_json(store: Store, key: str) -> Json:
@@ -128,8 +130,8 @@ def _rejected(store: Store, run_id: str) -> Json | None:
         return None
     rows = store.scan_parquet([key])
     classes = rows.group_by("error").len().sort("len", "error", descending=[True, False])
-    counted = classes.collect(engine="streaming")
-    first = rows.head(REJECTED_SHOWN).collect(engine="streaming")
+    counted = store.collected(key, lambda: classes.collect(engine="streaming"))
+    first = store.collected(key, lambda: rows.head(REJECTED_SHOWN).collect(engine="streaming"))
     return {
         "total": int(counted["len"].sum()),
         "classes": list(counted.iter_rows()),

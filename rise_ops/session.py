@@ -5,6 +5,7 @@ The model is loaded at most once per process, and only when something has to be 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from rise_ops.config import CurationConfig, FieldMap, ModelConfig, SketchConfig, TargetConfig, resolve_path
-from rise_ops.corpus import CorpusVersion, current_version
+from rise_ops.corpus import CorpusVersion, current_version, read_snapshot
 from rise_ops.errors import ConfigError, ModelError, SourceError
 from rise_ops.index import index_id, list_indexed, read_index
+from rise_ops.memory import StageMemory, sketch_memory, stage_memory, task_limits
 from rise_ops.rows import CanonicalRow, RowFault, canonical_row
 from rise_ops.signatures import Signer, load_tables
 from rise_ops.store import Store
 from rise_ops.targets import Target, read_queries, read_target, sign_queries, sign_target, target_id
 from rise_ops.trunk import load_trunk, model_fingerprint
 
+_logger = logging.getLogger(__name__)
 _SIGNER_LOCK = threading.Lock()
 
 
@@ -41,9 +44,14 @@ def open_signer(store: Store, config: CurationConfig) -> Signer:
     ------
     ModelError
         The model cannot be loaded or fails its probe.
+    LimitError
+        `limits.memory` is too small for the model or the sketch.
     """
     with _SIGNER_LOCK:
-        return _signer(store.uri, config.model, config.sketch, int(config.limits.memory) // config.runner.workers)
+        memory, tasks = int(task_limits(config).memory), config.runner.workers
+        plan, rest = sketch_memory(memory, dim=config.sketch.dim, tasks=tasks)
+        _logger.info("%s", plan.text)
+        return _signer(store.uri, config.model, config.sketch, rest)
 
 
 @lru_cache(2)
@@ -54,6 +62,20 @@ def _signer(uri: str, model: ModelConfig, sketch: SketchConfig, memory: int) -> 
     # an index keeps its tables: PyTorch does not promise its random streams across releases
     tables = load_tables(store, f"{folder}/tables.zarr") if store.exists(f"{folder}/index.json") else None
     return Signer(trunk, sketch, tables=tables, memory=memory)
+
+
+def plan_stages(config: CurationConfig, *, rows: int = 0) -> dict[str, StageMemory]:
+    """How the stages of a run will spend `limits.memory`; reads the queries, to count them.
+
+    Raises
+    ------
+    LimitError
+        A stage cannot work within it.
+    SourceError
+        The queries cannot be read.
+    """
+    queries = sum(len(read_queries(target, limits=config.limits)) for target in config.targets.values())
+    return stage_memory(config, rows=rows, queries=queries)
 
 
 def open_corpus(store: Store, config: CurationConfig) -> CorpusVersion:
@@ -93,8 +115,7 @@ def open_indexed(store: Store, config: CurationConfig) -> IndexedCorpus:
 
 def block_rows(store: Store, version: CorpusVersion) -> dict[str, int]:
     """Rows of each block of a version, once each, in the corpus' order: by source, then by row."""
-    snapshot = store.scan_parquet([f"snapshots/{version.snapshot_id}.parquet"]).select("block_id", "rows").collect()
-    rows = dict(snapshot.iter_rows())
+    rows = dict(read_snapshot(store, version.snapshot_id).select("block_id", "rows").iter_rows())
     return {block_id: rows[block_id] for entry in version.sources for block_id in entry.blocks}
 
 

@@ -22,6 +22,8 @@ import torch
 
 from rise_ops.config import SketchConfig
 from rise_ops.errors import IntegrityError, MissingObjectError
+from rise_ops.retry import retried
+from rise_ops.store import zarr_errors
 
 if TYPE_CHECKING:
     from rise_ops.store import Store
@@ -125,7 +127,7 @@ class SketchTables:
         StoreError, TransientError
         """
         if not store.exists(f"{key}/zarr.json"):
-            self._write(store, key)
+            retried(lambda: store.checked(lambda: self._write(store, key)))
         found = load_tables(store, key)
         if found.sha256 != self.sha256:
             raise IntegrityError(
@@ -137,24 +139,25 @@ class SketchTables:
         import zarr
         from zarr.errors import ContainsArrayError
 
-        for name, array in self.arrays().items():
-            # A store of its own for each array: creating one below a group would write the group's metadata.
-            place = store.zarr(f"{key}/{name}")
-            try:
-                target = zarr.create_array(
-                    place,
-                    shape=array.shape,
-                    dtype=array.dtype,
-                    chunks=array.shape,
-                    compressors=None,
-                    # One that no table holds: a chunk that went missing must not read as data.
-                    fill_value=0 if name.endswith("_signs") else -1,
-                )
-            except ContainsArrayError:  # left by a write that was cut off
-                target = zarr.open_array(place, mode="r+")
-            target[:] = array
         attributes: dict[str, Any] = {"format_version": FORMAT_VERSION, "widths": self.widths, "sha256": self.sha256}
-        zarr.open_group(store.zarr(key), mode="a", zarr_format=3, attributes=attributes)
+        with zarr_errors(store, key):
+            for name, array in self.arrays().items():
+                # A store of its own for each array: creating one below a group would write the group's metadata.
+                place = store.zarr(f"{key}/{name}")
+                try:
+                    target = zarr.create_array(
+                        place,
+                        shape=array.shape,
+                        dtype=array.dtype,
+                        chunks=array.shape,
+                        compressors=None,
+                        # One that no table holds: a chunk that went missing must not read as data.
+                        fill_value=0 if name.endswith("_signs") else -1,
+                    )
+                except ContainsArrayError:  # left by a write that was cut off
+                    target = zarr.open_array(place, mode="r+")
+                target[:] = array
+            zarr.open_group(store.zarr(key), mode="a", zarr_format=3, attributes=attributes)
 
 
 def load_tables(store: Store, key: str) -> SketchTables:
@@ -168,11 +171,16 @@ def load_tables(store: Store, key: str) -> SketchTables:
         They do not match their checksum, or were written in a newer format.
     StoreError, TransientError
     """
-    import zarr
-
     if not store.exists(f"{key}/zarr.json"):
         raise MissingObjectError(f"{store.url(key)} is not in the store; index the corpus first")
-    group = zarr.open_group(store.zarr(key, read_only=True), mode="r", zarr_format=3)
+    return store.checked(lambda: _load(store, key))
+
+
+def _load(store: Store, key: str) -> SketchTables:
+    import zarr
+
+    with zarr_errors(store, key):
+        group = zarr.open_group(store.zarr(key, read_only=True), mode="r", zarr_format=3)
     attributes = dict(group.attrs)
     if int(str(attributes.get("format_version", 0))) > FORMAT_VERSION:
         raise IntegrityError(
@@ -180,7 +188,8 @@ def load_tables(store: Store, key: str) -> SketchTables:
             f"{FORMAT_VERSION}; upgrade it"
         )
     try:
-        tables = SketchTables(**{name: _read_sketch(group, name, attributes["widths"]) for name in _FACTORS})
+        with zarr_errors(store, key):
+            tables = SketchTables(**{name: _read_sketch(group, name, attributes["widths"]) for name in _FACTORS})
         expected = attributes["sha256"]
     except KeyError as error:
         raise IntegrityError(f"{store.url(key)} lacks {error}; delete the index and build it again") from error

@@ -5,32 +5,37 @@ identifies the state of an object without reading it is its size with its ETag, 
 (local files), with its modification time in nanoseconds. Listings are never cached. S3 endpoint and
 credentials come from the usual `AWS_*` variables; no message shows them.
 
+Requests are repeated inside the budget of `rise_ops.retry`. An object that ends before its listed size is never
+taken for whole, whatever the server says about its length.
+
 This module does not know formats (`rise_ops.readers`) and does not interpret bytes.
 """
 
 from __future__ import annotations
 
 import errno
-import fnmatch
 import hashlib
 import os
-import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 
+from rise_ops.connections import s3fs_options
 from rise_ops.errors import ConfigError, SourceError, TransientError, is_transient
+from rise_ops.folders import MAGIC, inode_of, matching_files, open_regular, regular_status
+from rise_ops.retry import retried
+from rise_ops.spool import spool
 
 CHUNK_BYTES = 1 << 20
 """Bytes read from a source at a time."""
 
-_MAGIC = "*?["
 _S3 = ("s3", "s3a")
 _LOCAL = ("", "file", "local")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -50,6 +55,8 @@ class SourceObject:
     """The server's tag of the content, without quotes."""
     mtime: int | None
     """Last modification, nanoseconds since 1970."""
+    inode: str | None = field(default=None, compare=False)
+    """Which file of this machine it is. No part of its state: a copy that is moved into its place is a new one."""
 
     def same_state(self, other: SourceObject) -> bool:
         """Whether both sightings show the same bytes, as far as a listing can tell."""
@@ -79,11 +86,7 @@ def list_objects(globs: Sequence[str], *, outside: str | None = None) -> list[So
     """
     found: dict[str, SourceObject] = {}
     for pattern in globs:
-        with named_errors(pattern):
-            matches = _matches(pattern)
-            if not matches:
-                raise SourceError(_nothing(pattern))
-        for item in matches:
+        for item in retried(partial(_found, pattern)):
             if outside is not None:
                 refuse_inside(item.uri, outside)
             found[item.uri] = item
@@ -104,6 +107,18 @@ def stat_object(uri: str) -> SourceObject:
     ------
     SourceError, TransientError
     """
+    return retried(partial(_stat, uri))
+
+
+def refuse_changed(source: SourceObject) -> None:
+    """Raise SourceError where an object is not, or not certainly, what its listing showed."""
+    now = stat_object(source.uri)
+    unknown = source.etag is None and source.mtime is None
+    if now.size != source.size if unknown else not now.same_state(source):
+        raise SourceError(f"source {source.uri} changed while it was read; run again when its writer has finished")
+
+
+def _stat(uri: str) -> SourceObject:
     with named_errors(uri):
         protocol, filesystem, path = _resolve(uri)
         if protocol in _LOCAL:
@@ -111,14 +126,58 @@ def stat_object(uri: str) -> SourceObject:
         return _remote(protocol, filesystem, path, filesystem.info(path))
 
 
+class SourceFile:
+    """An object's bytes from its beginning. What passes is tried again; an end in the wrong place is an error."""
+
+    def __init__(self, uri: str, file: Any, listed: SourceObject | None) -> None:
+        self._uri = uri
+        self._file = file
+        self._listed = listed
+        size = getattr(file, "size", None) if listed is None else listed.size
+        self._size = -1 if size is None or (listed is None and is_local(uri)) else int(size)
+        self._count = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, at most `size`; none at the end.
+
+        Raises
+        ------
+        SourceError, TransientError
+        """
+        # without a size, an end after a failure could not be told from the object's
+        data = retried(partial(self._read, size)) if self._size >= 0 else self._read(size)
+        self._count += len(data)
+        if (not data or size < 0) and self._size not in (-1, self._count):
+            self._refuse_end()
+        return data
+
+    def _read(self, size: int) -> bytes:
+        with named_errors(self._uri):
+            return bytes(self._file.read(size))
+
+    def _refuse_end(self) -> None:
+        if self._listed is not None:
+            refuse_changed(self._listed)
+        raise TransientError(
+            f"source {self._uri} ended after {self._count:,} of {self._size:,} bytes; the server did not answer as "
+            "expected"
+        )
+
+
 @contextmanager
-def open_object(uri: str) -> Iterator[BinaryIO]:
-    """The object's bytes as a file, read from its beginning; errors while reading are named too."""
+def open_object(uri: str, *, listed: SourceObject | None = None) -> Iterator[SourceFile]:
+    """The object's bytes as a file, which must be as long as `listed` says, or the server when it is opened."""
+    with retried(partial(_opened, uri, listed)) as file:
+        yield SourceFile(uri, file, listed)
+
+
+def _opened(uri: str, listed: SourceObject | None) -> Any:
     with named_errors(uri):
         protocol, filesystem, path = _resolve(uri)
         options: dict[str, Any] = {"block_size": 4 * CHUNK_BYTES, "cache_type": "readahead"} if protocol in _S3 else {}
-        with filesystem.open(path, "rb", **options) as file:
-            yield file
+        if protocol in _LOCAL:
+            return open_regular(path, inode=None if listed is None else listed.inode)
+        return filesystem.open(path, "rb", **options)
 
 
 def hash_object(uri: str) -> str:
@@ -131,20 +190,24 @@ def hash_object(uri: str) -> str:
 
 
 @contextmanager
-def local_copy(uri: str) -> Iterator[tuple[Path, str]]:
-    """A local path with the object's bytes, and their SHA-256. A remote object is spooled to a temporary file."""
-    protocol, _, path = _resolve(uri)
-    if protocol in _LOCAL:
-        yield Path(path), hash_object(uri)
+def local_copy(source: SourceObject, *, spooled: bool = False) -> Iterator[tuple[Path, str]]:
+    """A local path with the object's bytes, and their SHA-256.
+
+    A remote object is spooled to a temporary file; a local one only if `spooled` asks for it. Otherwise the path
+    of a local one is that of the file as it was opened, whatever its name means by then.
+    """
+    if is_local(source.uri) and not spooled:
+        with _opened(source.uri, source) as held:
+            yield Path(f"/dev/fd/{held.fileno()}"), hashlib.file_digest(held, "sha256").hexdigest()
         return
     digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory(prefix="curate-") as folder:
-        spool = Path(folder) / "object"
-        with open_object(uri) as file, spool.open("wb") as copy:
+    with spool() as folder:
+        path_of_copy = folder / "object"
+        with open_object(source.uri, listed=source) as file, path_of_copy.open("wb") as copy:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 copy.write(chunk)
-        yield spool, digest.hexdigest()
+        yield path_of_copy, digest.hexdigest()
 
 
 def is_local(uri: str) -> bool:
@@ -174,82 +237,63 @@ def _resolve(uri: str) -> tuple[str, Any, str]:
     """(protocol, filesystem, path in it)."""
     protocol = _protocol(uri)
     try:
-        filesystem = fsspec.filesystem(protocol or "file", **(_s3_options() if protocol in _S3 else {}))
+        filesystem = fsspec.filesystem(protocol or "file", **(s3fs_options() if protocol in _S3 else {}))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"source {uri}: cannot open '{protocol}://' ({error})") from error
+    if protocol in _S3:
+        filesystem.retries = 1  # its own tries have no jitter and multiply with those of its client
     return protocol, filesystem, str(filesystem._strip_protocol(uri))
 
 
-def _s3_options() -> dict[str, Any]:
-    # The keys are passed on so that fsspec's cache of filesystems tells one set of credentials from another.
-    environment = os.environ.get
-    options: dict[str, Any] = {
-        "key": environment("AWS_ACCESS_KEY_ID"),
-        "secret": environment("AWS_SECRET_ACCESS_KEY"),
-        "token": environment("AWS_SESSION_TOKEN"),
-        "endpoint_url": environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL") or None,
-        "use_listings_cache": False,
-    }
-    region = environment("AWS_REGION") or environment("AWS_DEFAULT_REGION") or "us-east-1"
-    return options | {"client_kwargs": {"region_name": region}}
+def _found(pattern: str) -> list[SourceObject]:
+    with named_errors(pattern):
+        matches = _matches(pattern)
+        if not matches:
+            raise SourceError(_nothing(pattern))
+        return matches
 
 
 def _matches(pattern: str) -> list[SourceObject]:
     protocol, filesystem, path = _resolve(pattern)
     local = protocol in _LOCAL
-    if filesystem.isfile(path):  # also a name that happens to hold glob characters
-        return [stat_object(pattern)]
-    if not any(sign in path for sign in _MAGIC):
-        if filesystem.isdir(path):
+    kind = _kind(filesystem, path)
+    if kind == "file":  # also a name that happens to hold glob characters
+        return [_stat(pattern)]
+    if not any(sign in path for sign in MAGIC):
+        if kind == "directory":
             raise SourceError(f"source {pattern} is a folder; say which files, such as {pattern.rstrip('/')}/*.jsonl")
         return [_local(path)] if local and os.path.lexists(path) else []
     if any("**" in part and part != "**" for part in path.split("/")):
         raise ConfigError(f"source {pattern}: '**' stands for folders and must be between slashes, as in a/**/*.jsonl")
     if local:
-        return [_local(name) for name in dict.fromkeys(_expanded("/", path.strip("/").split("/")))]
+        return [_local(name) for name in matching_files(path)]
     found = filesystem.glob(path, detail=True)
-    return [_remote(protocol, filesystem, name, info) for name, info in found.items() if info["type"] != "directory"]
+    files = [_remote(protocol, filesystem, name, info) for name, info in found.items() if info["type"] != "directory"]
+    for item in files:
+        _refuse_detour(item.uri)
+    return files
 
 
-def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
-    """Files below `folder` that match. fsspec's own glob passes over folders that it may not read; this raises."""
-    head, *rest = parts
-    if head == "**":
-        yield from _expanded(folder, rest or ["*"])
-        for entry in _entries(folder):
-            if entry.is_dir() and not _is_loop(folder, entry):
-                yield from _expanded(entry.path, parts)
-    elif any(sign in head for sign in _MAGIC):
-        for entry in _entries(folder):
-            if fnmatch.fnmatchcase(entry.name, head):
-                if rest and entry.is_dir():
-                    yield from _expanded(entry.path, rest)
-                elif not rest and not entry.is_dir():
-                    yield entry.path
-    else:
-        path = os.path.join(folder, head)
-        if rest and os.path.isdir(path):
-            yield from _expanded(path, rest)
-        elif not rest and os.path.lexists(path) and not os.path.isdir(path):
-            yield path
+def _refuse_detour(uri: str) -> None:
+    """Raise SourceError for a listed name that a client or server could take for a way to another object."""
+    path = uri.split("://", 1)[-1]
+    if _protocol(uri) in ("http", "https"):
+        path = unquote(unquote(path))
+    if any(part in (".", "..") for part in path.split("/")):
+        raise SourceError(f"source {uri}: a name with '.' or '..' between slashes is ambiguous; copy it elsewhere")
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
-
-
-def _is_loop(folder: str, entry: os.DirEntry[str]) -> bool:
-    """Whether a link leads back to a folder above it."""
-    inside = os.path.realpath(folder) + "/"
-    return entry.is_symlink() and inside.startswith(os.path.realpath(entry.path).rstrip("/") + "/")
+def _kind(filesystem: Any, path: str) -> str:
+    """What is at a path. fsspec's own `isfile` takes every failure of a server for a no."""
+    try:
+        return str(filesystem.info(path)["type"])
+    except FileNotFoundError:
+        return ""
 
 
 def _local(path: str) -> SourceObject:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise SourceError(f"source {path} is not a regular file")
-    return SourceObject(os.path.abspath(path), status.st_size, None, status.st_mtime_ns)
+    status = regular_status(path)
+    return SourceObject(os.path.abspath(path), status.st_size, None, status.st_mtime_ns, inode_of(status))
 
 
 def _remote(protocol: str, filesystem: Any, path: str, info: dict[str, Any]) -> SourceObject:
@@ -279,7 +323,7 @@ def _nothing(pattern: str) -> str:
             filesystem.call_s3("head_bucket", Bucket=bucket)
         except FileNotFoundError:
             return f"source {pattern}: the bucket {bucket} does not exist; check its name and AWS_ENDPOINT_URL"
-    if any(sign in path for sign in _MAGIC):
+    if any(sign in path for sign in MAGIC):
         return f"source {pattern} matches nothing; check the path ('**' descends into folders)"
     return f"source {pattern} does not exist"
 
@@ -311,6 +355,8 @@ def _named(uri: str, error: Exception) -> Exception:
         return SourceError(f"source {uri} does not exist or was removed while it was read")
     if isinstance(error, PermissionError) or kind in ("NoCredentialsError", "PartialCredentialsError"):
         return SourceError(_refused(uri))
+    if _protocol(uri) in _S3 and getattr(error, "errno", None) == errno.EINVAL and detail.endswith("Bad Request"):
+        return SourceError(_refused(uri))  # an answer to HEAD has no body to say more
     if kind == "FileExpired":
         return SourceError(f"source {uri} changed while it was read; run again when its writer has finished")
     if is_transient(error) or (not is_local(uri) and getattr(error, "errno", None) in _PASSING):

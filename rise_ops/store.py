@@ -6,6 +6,10 @@ here caches: the object store is the truth.
 
 The same code runs on local folders and on S3 (through obstore); Google and Azure URLs go the same way but
 are not tested. Credentials and endpoints come from the usual `AWS_*` variables and are never shown.
+
+Faults of the network are retried inside the budget of `rise_ops.retry`, and come out as TransientError when it
+is spent. What parses wrongly or misses its checksum is read a second time over a network before it counts as
+damaged (`Store.checked`): a body may have been cut on its way.
 """
 
 from __future__ import annotations
@@ -13,15 +17,18 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
 from obstore import exceptions as obstore_errors
 
+from rise_ops import retry
+from rise_ops.connections import obstore_options, polars_options
 from rise_ops.errors import (
     ConfigError,
     CurationError,
@@ -31,6 +38,7 @@ from rise_ops.errors import (
     TransientError,
 )
 from rise_ops.hashing import canonical_json
+from rise_ops.spool import is_full
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,7 +46,8 @@ if TYPE_CHECKING:
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 _MULTIPART_BYTES = 64 * 2**20
-_RETRIES: dict[str, Any] = {"max_retries": 5}
+
+T = TypeVar("T")
 
 
 class Store:
@@ -64,6 +73,7 @@ class Store:
         self.is_local = not scheme
         self.uri = os.path.abspath(os.path.expanduser(uri)) if self.is_local else uri.rstrip("/")
         self._connected: Any = None
+        self._connected_once: Any = None
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -77,10 +87,10 @@ class Store:
             self._connected = self._connect("")
         return self._connected
 
-    def _connect(self, prefix: str, *, mkdir: bool = False) -> Any:
+    def _connect(self, prefix: str, *, mkdir: bool = False, tries: int | None = None) -> Any:
         root = self.url(prefix) if prefix else self.uri
         if not self.is_local:
-            return obstore.store.from_url(root, **_remote_options(root))
+            return obstore.store.from_url(root, **obstore_options(root, tries=tries))
         if mkdir:
             os.makedirs(root, exist_ok=True)
         elif not os.path.isdir(root):
@@ -91,6 +101,14 @@ class Store:
         if self._connected is None:
             self._connected = self._connect("", mkdir=True)
         return self._connected
+
+    def _trying_once(self) -> Any:
+        """The backend for creates: the client must not try those again by itself, see `create`."""
+        if self.is_local:
+            return self._writable()
+        if self._connected_once is None:
+            self._connected_once = self._connect("", tries=1)
+        return self._connected_once
 
     def url(self, key: str) -> str:
         """Full URI of a key: what other tools open."""
@@ -111,16 +129,40 @@ class Store:
         with named_errors(self, key):
             return memoryview(obstore.get(self._backend, key).bytes())
 
+    def get_range(self, key: str, start: int, length: int) -> memoryview:
+        """Some bytes of an object; else like `get`."""
+        with named_errors(self, key):
+            data = memoryview(obstore.get_range(self._backend, key, start=start, length=length))
+        if len(data) != length and not self.is_local:
+            raise TransientError(f"{self.url(key)}: of {length:,} bytes from {start:,} on, {len(data):,} were sent")
+        return data
+
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless it exists. Returns whether this call wrote it.
+
+        The answer to a write may be lost although it was done. Then the next try finds the object there, and its
+        bytes tell whether it is this call's.
 
         Raises
         ------
         StoreError, TransientError
         """
+        in_doubt = False
+
+        def put() -> bool:
+            nonlocal in_doubt
+            try:
+                return self._put(key, data) or (in_doubt and self.get(key) == data)
+            except TransientError:
+                in_doubt = True
+                raise
+
+        return retry.retried(put)
+
+    def _put(self, key: str, data: bytes) -> bool:
         with named_errors(self, key):
             try:
-                obstore.put(self._writable(), key, data, mode="create", use_multipart=False)
+                obstore.put(self._trying_once(), key, data, mode="create", use_multipart=False)
             except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
                 return False
             return True
@@ -146,6 +188,9 @@ class Store:
         ------
         MissingObjectError, IntegrityError, StoreError, TransientError
         """
+        return self.checked(lambda: self._json(key, format_version))
+
+    def _json(self, key: str, format_version: int | None) -> dict[str, Any]:
         try:
             value = json.loads(self.get(key))
         except ValueError as error:
@@ -173,12 +218,17 @@ class Store:
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Keys below a folder-like prefix and their sizes, in no particular order."""
+        for key, size, _ in self.list_times(prefix):
+            yield key, size
+
+    def list_times(self, prefix: str) -> Iterator[tuple[str, int, datetime]]:
+        """Like `list`, with the time at which each object was written, by the server's clock."""
         if self.is_local and not os.path.isdir(self.uri):
             return
         with named_errors(self, prefix):
             for batch in obstore.list(self._backend, prefix=prefix.rstrip("/")):
                 for item in batch:
-                    yield str(item["path"]), int(item["size"])
+                    yield str(item["path"]), int(item["size"]), item["last_modified"]
 
     def children(self, prefix: str) -> Sequence[str]:
         """Names directly below a folder-like prefix, sorted."""
@@ -200,8 +250,50 @@ class Store:
         """Parquet objects as one Polars LazyFrame; nothing is read until it is collected."""
         import polars as pl
 
-        storage = None if self.is_local else _polars_options(self.uri)
+        storage = None if self.is_local else polars_options(self.uri)
         return pl.scan_parquet([self.url(key) for key in keys], storage_options=storage, glob=False, **options)
+
+    @contextmanager
+    def scanning(self, key: str) -> Iterator[None]:
+        """Name what collecting a frame of `scan_parquet` raises, as `named_errors` does for our own requests.
+
+        A full disk under a temporary file that it is written to is left to `rise_ops.spool`.
+        """
+        try:
+            yield
+        except _scan_errors() as error:
+            if is_full(error):
+                raise
+            raise _named(error, self, self.url(key)) from error
+
+    def collected(self, key: str, read: Callable[[], T]) -> T:
+        """Result of `read`, which collects frames of `scan_parquet`, as `checked` and with errors that name `key`.
+
+        Raises
+        ------
+        MissingObjectError, IntegrityError, StoreError, TransientError
+        """
+
+        def attempt() -> T:
+            with self.scanning(key):
+                return read()
+
+        return self.checked(attempt)
+
+    def checked(self, read: Callable[[], T]) -> T:
+        """Result of `read`; over a network, where it finds damage, that of a second call.
+
+        Raises
+        ------
+        IntegrityError
+            The second time too.
+        """
+        try:
+            return read()
+        except IntegrityError:
+            if self.is_local:
+                raise
+        return read()
 
     def probe(self) -> None:
         """Check that the store can be written and keeps exclusive creates.
@@ -221,41 +313,14 @@ class Store:
             )
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects. Only maintenance and the probe do this."""
+        """Remove objects; one that is not there is gone already. Only maintenance, signs of life and probes do this."""
         with named_errors(self, keys[0] if keys else ""):
-            obstore.delete(self._backend, list(keys))
-
-
-def _remote_options(uri: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"retry_config": _RETRIES}
-    if uri.startswith(("s3://", "s3a://")):
-        endpoint = _s3_endpoint()
-        options["region"] = _s3_region()
-        if endpoint:
-            options["endpoint"] = endpoint
-            options["client_options"] = {"allow_http": endpoint.startswith("http://")}
-    return options
-
-
-def _polars_options(uri: str) -> dict[str, str]:
-    if not uri.startswith(("s3://", "s3a://")):
-        return {}
-    options = {"aws_region": _s3_region(), "aws_virtual_hosted_style_request": "false"}
-    endpoint = _s3_endpoint()
-    if endpoint:
-        options |= {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http://")).lower()}
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        if os.environ.get(name):
-            options[name.lower()] = os.environ[name]
-    return options
-
-
-def _s3_endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-def _s3_region() -> str:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+            if not self.is_local:
+                obstore.delete(self._backend, list(keys))
+                return
+            for key in keys:
+                with suppress(FileNotFoundError, obstore_errors.NotFoundError):
+                    obstore.delete(self._backend, key)
 
 
 _REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccessDenied")
@@ -276,6 +341,25 @@ def named_errors(store: Store, key: str) -> Iterator[None]:
         raise _named(error, store, store.url(key)) from error
 
 
+@contextmanager
+def zarr_errors(store: Store, key: str) -> Iterator[None]:
+    """`named_errors` for zarr, which makes a ValueError of a description or a chunk that ends too early."""
+    with named_errors(store, key):
+        try:
+            yield
+        except ValueError as error:
+            raise IntegrityError(
+                f"{store.url(key)} is damaged ({_first_line(str(error))}); delete it and run again"
+            ) from error
+
+
+def _scan_errors() -> tuple[type[Exception], ...]:
+    """What collecting a scan may raise."""
+    import polars as pl
+
+    return (OSError, pl.exceptions.PolarsError)
+
+
 def _named(error: Exception, store: Store, where: str) -> CurationError:
     """The error of ours that a client's error means; the clients' texts can be long and are cut."""
     text = str(error)
@@ -286,10 +370,14 @@ def _named(error: Exception, store: Store, where: str) -> CurationError:
     refused = (obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError, PermissionError)
     if isinstance(error, refused) or any(mark in text for mark in (_REFUSALS_LOCAL if store.is_local else _REFUSALS)):
         return StoreError(_refusal(store, where))
-    if "No space left" in text:
+    if is_full(error):
         return StoreError(f"no space left while writing {where}; free some and run again")
+    if not isinstance(error, (obstore_errors.BaseError, OSError)):  # Polars' own: what it got is not what it wants
+        return IntegrityError(f"{where} is damaged ({_first_line(text)}); `curate verify --deep` tells what is")
     if store.is_local or isinstance(error, _PERMANENT):
         return StoreError(f"{where}: {_first_line(text)}")
+    if "400 Bad Request" in text and "RequestTimeout" not in text:  # an answer to HEAD has no body to say more
+        return StoreError(_refusal(store, where))
     return TransientError(f"{where}: {_first_line(text)}; the server did not answer as expected")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 import zstandard
 
@@ -26,18 +26,29 @@ class DamagedError(Exception):
     """A compressed stream that ends early or does not decode; the reader adds object and line."""
 
 
+class Bytes(Protocol):
+    """What bytes are read from."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes, at most `size`; none at the end."""
+
+
 class HashingReader:
     """Chunks of a file, hashed on the way.
 
     Parameters
     ----------
     file
-        Binary file, read from its present position.
+        Where they come from, read from its present position.
     chunk_bytes
         Size of a chunk.
+    size
+        Bytes of the file, where they are known.
     """
 
-    def __init__(self, file: BinaryIO, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, file: Bytes, *, chunk_bytes: int = CHUNK_BYTES, size: int | None = None) -> None:
+        self._size = size
+        self._read = 0
         self._file = file
         self._chunk_bytes = chunk_bytes
         self._digest = hashlib.sha256()
@@ -45,7 +56,13 @@ class HashingReader:
     def __iter__(self) -> Iterator[bytes]:
         while chunk := self._file.read(self._chunk_bytes):
             self._digest.update(chunk)
+            self._read += len(chunk)
             yield chunk
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file; where they are not known, those read so far."""
+        return self._read if self._size is None else self._size
 
     def sha256(self) -> str:
         """SHA-256 of the whole file; reads what is left of it."""
@@ -94,7 +111,7 @@ def lines(chunks: Iterable[bytes], *, limit: int) -> Iterator[tuple[bytes, int, 
     """
     held: list[bytes] = []
     length = kept = 0
-    for chunk in chunks:
+    for chunk in _bites(chunks):
         first, *others = chunk.split(b"\n")
         if kept <= max(limit, KEPT_BYTES):
             held.append(first)
@@ -109,6 +126,15 @@ def lines(chunks: Iterable[bytes], *, limit: int) -> Iterator[tuple[bytes, int, 
         held, length, kept = [last], len(last), len(last)
     if length:
         yield _bounded(b"".join(held), length, limit), length, False
+
+
+def _bites(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, at most a megabyte at a time: a chunk of nothing but newlines becomes as many objects."""
+    for chunk in chunks:
+        if len(chunk) <= CHUNK_BYTES:
+            yield chunk
+        else:
+            yield from (chunk[start : start + CHUNK_BYTES] for start in range(0, len(chunk), CHUNK_BYTES))
 
 
 def _bounded(line: bytes, length: int, limit: int) -> bytes:

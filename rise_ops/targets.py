@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from rise_ops.blocks import read_parquet
+from rise_ops.blocks import read_stored
 from rise_ops.config import LimitsConfig, TargetConfig
 from rise_ops.corpus import read_rows
-from rise_ops.errors import IntegrityError, SourceError
+from rise_ops.errors import DamagedError, SourceError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.index import checksums, write_signatures
 from rise_ops.rows import CanonicalRow
 from rise_ops.signatures import RowSignatures, Signer
-from rise_ops.store import Store
+from rise_ops.store import Store, named_errors
 
 FORMAT_VERSION = 1
 
@@ -110,18 +110,26 @@ def read_target(store: Store, name: str) -> Target:
     IntegrityError
         Its signatures or queries are not what its record says.
     """
+    record = store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION)
+    queries = read_stored(store, f"targets/{name}.parquet", known_format=FORMAT_VERSION)
+    return Target(name, queries, store.checked(lambda: _stored_signatures(store, name, record)))
+
+
+def _stored_signatures(store: Store, name: str, record: dict[str, Any]) -> npt.NDArray[np.float32]:
     import zarr
 
-    record = store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION)
     if checksums(store, f"targets/{name}.zarr") != record["crc32c"]:
-        raise IntegrityError(
-            f"{store.url(f'targets/{name}.zarr')} does not match the checksums in its record; delete everything that "
-            f"begins with {store.url(f'targets/{name}')} and run again"
+        raise DamagedError(
+            f"{store.url(f'targets/{name}.zarr')} does not match the checksums in its record; run again",
+            store.url(f"targets/{name}.json"),
         )
-    group = zarr.open_group(store.zarr(f"targets/{name}.zarr", read_only=True), mode="r")
-    signature = np.asarray(group["signature"]).astype(np.float32)
-    key = f"targets/{name}.parquet"
-    return Target(name, read_parquet(store.get(key), where=store.url(key), known_format=FORMAT_VERSION), signature)
+    with named_errors(store, f"targets/{name}.zarr"):
+        try:
+            group = zarr.open_group(store.zarr(f"targets/{name}.zarr", read_only=True), mode="r")
+            return np.asarray(group["signature"]).astype(np.float32)
+        except ValueError as error:  # what zarr makes of a chunk or a description that is too short
+            where = store.url(f"targets/{name}.zarr")
+            raise DamagedError(f"{where} is damaged ({error}); run again", store.url(f"targets/{name}.json")) from error
 
 
 def _signatures(rows: Sequence[CanonicalRow], signer: Signer) -> RowSignatures:

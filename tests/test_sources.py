@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -12,6 +13,7 @@ import pytest
 from rise_ops.config import CorpusConfig
 from rise_ops.corpus import list_sources
 from rise_ops.errors import ConfigError, SourceError, TransientError
+from rise_ops.retry import BUDGET
 from rise_ops.sources import SourceObject, list_objects, local_copy, named_errors, open_object, stat_object
 from rise_ops.store import Store
 
@@ -79,7 +81,7 @@ def test_memory_objects() -> None:
     (found,) = list_objects([f"{root}/**/*.jsonl"])
     assert (found.uri, found.size) == (f"{root}/a/b.jsonl", 3)
     assert found.same_state(stat_object(found.uri))
-    with local_copy(found.uri) as (path, sha256):
+    with local_copy(found) as (path, sha256):
         assert path.read_bytes() == b"123"
         assert len(sha256) == 64
     assert not path.exists()
@@ -123,8 +125,7 @@ def test_a_server_that_is_down_is_a_passing_fault(monkeypatch: pytest.MonkeyPatc
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    monkeypatch.setattr("rise_ops.retry.BUDGET", replace(BUDGET, tries=1))
     with pytest.raises(TransientError, match=r"s3://bucket/\*\.jsonl"):
         list_objects(["s3://bucket/*.jsonl"])
 

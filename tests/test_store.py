@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from rise_ops.errors import (
     TransientError,
     is_transient,
 )
+from rise_ops.retry import BUDGET
 from rise_ops.store import Store
 from tests.conftest import s3_filesystem
 from tests.servers import Credentials, S3Server, read_only_policy
@@ -331,7 +333,7 @@ def test_a_bucket_without_write_permission_is_named(
 
 def test_a_server_that_is_not_there_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(store_module, "_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("rise_ops.retry.BUDGET", replace(BUDGET, tries=1))
     use_credentials(monkeypatch, Credentials("a", "b"))
     with pytest.raises(TransientError) as caught:
         Store("s3://bucket/x").get("key")
