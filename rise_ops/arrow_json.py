@@ -11,8 +11,9 @@
 | list | list; struct: object; map: list of `{"key": …, "value": …}` |
 | dictionary, run-end encoded, extension | as the values behind it |
 
-The column's Arrow type is recorded beside the data, so that an export can restore it. Strings that are not
-UTF-8 come out with surrogate escapes; the reader rejects their rows.
+The column's Arrow type is recorded beside the data, so that an export can restore it. What it could not
+restore comes out marked, and the reader rejects its row: strings that are not UTF-8 with surrogate escapes,
+times outside the years 0 to 9999 and decimals with more digits than their type has as a `RowFault`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as kinds
+
+from rise_ops.rows import RowFault
+
+_OUT_OF_RANGE = "<value out of range"
+_FIRST_NANOSECOND = -9_223_372_036 * 10**9  # Arrow writes earlier ones, but does not read them
 
 
 def json_values(array: Any) -> list[Any]:
@@ -59,7 +66,7 @@ def _flat(array: Any) -> list[Any]:
     if kinds.is_temporal(kind):
         return _times(array)
     if kinds.is_decimal(kind):
-        return [None if value is None else format(value, "f") for value in array.to_pylist()]
+        return _decimals(array)
     if kinds.is_binary(kind) or kinds.is_large_binary(kind) or _is_other_binary(kind):
         return [None if value is None else base64.b64encode(value).decode("ascii") for value in array.to_pylist()]
     raise pa.ArrowNotImplementedError(f"columns of type {kind} cannot be read")
@@ -90,6 +97,18 @@ def _strings(array: Any) -> list[Any]:
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in stored.to_pylist()]
 
 
+def _decimals(array: Any) -> list[Any]:
+    most = Decimal(10) ** (array.type.precision - array.type.scale)
+    return [
+        None
+        if value is None
+        else format(value, "f")
+        if abs(value) < most
+        else RowFault("bad_number", f"holds a number that is too large for {array.type}")
+        for value in array.to_pylist()
+    ]
+
+
 def _times(array: Any) -> list[Any]:
     kind = array.type
     if kinds.is_duration(kind):
@@ -99,8 +118,19 @@ def _times(array: Any) -> list[Any]:
     if kinds.is_timestamp(kind):
         if kind.tz is not None:
             array = array.cast(pa.timestamp(kind.unit, "UTC"))
-        return [None if text is None else text.replace(" ", "T", 1) for text in array.cast(pa.string()).to_pylist()]
-    return list(array.cast(pa.string()).to_pylist())
+        if kind.unit == "ns":
+            early = pc.less(array.cast(pa.int64()), _FIRST_NANOSECOND)
+            texts = pc.if_else(early, pa.scalar(_OUT_OF_RANGE), array.cast(pa.string()))
+        else:
+            texts = array.cast(pa.string())
+        return [_time(text if text is None else text.replace(" ", "T", 1), kind) for text in texts.to_pylist()]
+    return [_time(text, kind) for text in array.cast(pa.string()).to_pylist()]
+
+
+def _time(text: str | None, kind: Any) -> str | RowFault | None:
+    if text is not None and text.startswith("<"):
+        return RowFault("bad_time", f"holds a moment that {kind} can hold and a calendar cannot")
+    return text
 
 
 def _nested(array: Any) -> list[Any]:
@@ -108,6 +138,8 @@ def _nested(array: Any) -> list[Any]:
     valid = array.is_valid().to_pylist()
     if kinds.is_struct(kind):
         names = [field.name for field in kind]
+        if len(set(names)) != len(names):
+            raise pa.ArrowInvalid(f"a struct names '{max(names, key=names.count)[:100]}' twice")
         columns = [json_values(child) for child in array.flatten()]
         rows = zip(*columns, strict=True) if columns else (() for _ in valid)
         return [dict(zip(names, row, strict=True)) if ok else None for row, ok in zip(rows, valid, strict=True)]
@@ -136,3 +168,18 @@ def _pairs(entries: Any) -> list[dict[str, Any]]:
 
 def _split(values: Iterator[Any], lengths: list[int | None]) -> list[Any]:
     return [None if length is None else list(islice(values, length)) for length in lengths]
+
+
+def as_bytes(kind: Any) -> Any:
+    """The same type with bytes in place of text: what a column is seen as to check all of it but its UTF-8."""
+    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    if kinds.is_struct(kind):
+        return pa.struct([field.with_type(as_bytes(field.type)) for field in kind])
+    if kinds.is_map(kind):
+        return pa.map_(as_bytes(kind.key_type), as_bytes(kind.item_type), keys_sorted=kind.keys_sorted)
+    if kinds.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(as_bytes(kind.value_type)), kind.list_size)
+    if kinds.is_list(kind) or kinds.is_large_list(kind):
+        make = pa.list_ if kinds.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(as_bytes(kind.value_type)))
+    return plain.get(kind, kind)

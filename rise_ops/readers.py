@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import urlsplit
 
 from rise_ops.errors import SourceError
+from rise_ops.expansion import Expansion
 from rise_ops.rows import RowFault
 from rise_ops.sources import SourceObject, open_object
 from rise_ops.streams import DamagedError, HashingReader, decompressed, lines
@@ -34,6 +36,9 @@ MAX_DEPTH = 100
 
 MAX_COLUMNS = 10_000
 """Most distinct columns of one object: they become columns of the export."""
+
+MAX_NAME_BYTES = 1_000
+"""Longest name of a column: names are kept for each object."""
 
 _SUFFIX = re.compile(
     r"\.(?P<format>jsonl|ndjson|json|csv)(?:\.(?P<codec>gz|zst))?$|\.(?P<table>parquet|arrow|feather)$"
@@ -117,13 +122,13 @@ def open_rows(source: SourceObject, *, row_bytes: int) -> AbstractContextManager
     if form.name in ("parquet", "arrow"):
         from rise_ops.readers_arrow import open_table
 
-        return open_table(source, form=form.name)
+        return open_table(source, form=form.name, row_bytes=row_bytes)
     return _open_text(source, form, row_bytes)
 
 
 @contextmanager
 def _open_text(source: SourceObject, form: Format, row_bytes: int) -> Iterator[Reader]:
-    with open_object(source.uri) as file:
+    with open_object(source.uri, listed=source) as file:
         stored = HashingReader(file)
         if form.name == "csv":
             from rise_ops.readers_csv import CsvReader
@@ -151,7 +156,7 @@ class JsonLinesReader:
         self._may_be_array = may_be_array
 
     def __iter__(self) -> Iterator[SourceRow]:
-        chunks = decompressed(self._stored, self._codec)
+        chunks = guarded(self._uri, self._stored, self._codec)
         number, first, limit = 0, True, self._row_bytes
         with damage_named(self._uri, lambda: number):
             for line, length, _ in text_lines(chunks, limit=limit):
@@ -177,16 +182,15 @@ class JsonLinesReader:
         except RowFault as fault:
             return fault
         if not row.keys() <= self.columns.keys():
+            for name in row.keys() - self.columns.keys():
+                if (fault := name_fault(name)) is not None:
+                    return fault
             self._add_columns(row)
         return row
 
     def _add_columns(self, row: dict[str, Any]) -> None:
         self.columns |= dict.fromkeys(row, "json")
-        if len(self.columns) > MAX_COLUMNS:
-            raise SourceError(
-                f"source {self._uri} has more than {MAX_COLUMNS:,} different columns; put the varying ones into one "
-                "column that holds an object"
-            )
+        refuse_many(self._uri, len(self.columns))
 
     def _refuse_array(self, line: bytes) -> None:
         if self._may_be_array and line.lstrip().startswith(b"["):
@@ -205,6 +209,49 @@ def text_lines(chunks: Iterable[bytes], *, limit: int) -> Iterator[tuple[bytes, 
         yield line, length, ended
         break
     yield from found
+
+
+def guarded(uri: str, stored: HashingReader, codec: str) -> Iterator[bytes]:
+    """The decompressed chunks of an object, as long as they are not a bomb's."""
+    if not codec:
+        yield from stored
+        return
+    guard = Expansion(uri)
+    for chunk in decompressed(stored, codec):
+        guard.add(len(chunk), stored=stored.size, rows=chunk.count(b"\n"))
+        yield chunk
+
+
+def name_fault(name: str) -> RowFault | None:
+    """What is wrong with the name of a column, if anything."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(name[error.start]):04x}"
+        return RowFault("bad_unicode", f"has a column whose name holds the lone surrogate {code}")
+    if size > MAX_NAME_BYTES:
+        return RowFault("bad_name", f"has a column whose name has {size:,} bytes, the most is {MAX_NAME_BYTES:,}")
+    return None
+
+
+def refuse_many(uri: str, columns: int) -> None:
+    """Raise SourceError where an object has too many columns."""
+    if columns > MAX_COLUMNS:
+        raise SourceError(
+            f"source {uri} has more than {MAX_COLUMNS:,} different columns; put the varying ones into one "
+            "column that holds an object"
+        )
+
+
+def refuse_columns(uri: str, names: Sequence[str]) -> None:
+    """Raise SourceError where a table has too many columns, two of one name, or names that cannot be kept."""
+    refuse_many(uri, len(names))
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise SourceError(f"source {uri} has two columns named '{min(twice)[:100]}'; rename one")
+    for name in names:
+        if (fault := name_fault(name)) is not None:
+            raise SourceError(f"source {uri} {fault.reason}; rename it")
 
 
 @contextmanager

@@ -8,13 +8,13 @@ one, so one stray quote cannot swallow the rest of the object. Values are string
 from __future__ import annotations
 
 import csv
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from rise_ops.errors import SourceError
-from rise_ops.readers import SourceRow, damage_named, text_lines, too_long
+from rise_ops.readers import SourceRow, damage_named, guarded, refuse_columns, text_lines, too_long
 from rise_ops.rows import RowFault
-from rise_ops.streams import HashingReader, decompressed
+from rise_ops.streams import HashingReader
 
 _Line = tuple[bytes, int]
 
@@ -29,7 +29,7 @@ class CsvReader:
         self.columns: dict[str, str] = {}
         self._stored = stored
         self._uri = uri
-        self._feed = _Feed(text_lines(decompressed(stored, codec), limit=row_bytes), row_bytes)
+        self._feed = _Feed(text_lines(guarded(uri, stored, codec), limit=row_bytes), row_bytes)
         if csv.field_size_limit() < row_bytes:
             csv.field_size_limit(row_bytes)  # one setting for the process; the feed keeps the real bound
 
@@ -58,10 +58,11 @@ class CsvReader:
         number, names, _ = record
         if isinstance(names, RowFault):
             raise SourceError(f"source {self._uri}: its header, line {number}, {names.reason}")
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice or "" in names:
             what = f"names column '{twice[0]}' twice" if twice and twice[0] else "has a column without a name"
             raise SourceError(f"source {self._uri}: its header, line {number}, {what}; correct the header")
+        refuse_columns(self._uri, names)
         self.columns = dict.fromkeys(names, "string")
         return names
 
