@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def collect_garbage(store: Store, *, keep: int | None = None, dry_run: bool = Fa
     name = f"{COLLECTOR}{secrets.token_hex(4)}"
     if dry_run:
         reached = find_reached(store, keep=keep)
-        return _report(store, reached, list(_garbage(store, reached, name)), dry_run=True)
+        living = {sign.name for sign in signs(store)}
+        return _report(store, reached, list(_garbage(store, reached, living)), dry_run=True)
     with alive(store, name):
         others = signs(store, but=name)
         if others:
@@ -114,7 +115,7 @@ def collect_garbage(store: Store, *, keep: int | None = None, dry_run: bool = Fa
                 f"{store.uri} is in use by {described(others)}; nothing was removed. Run again when they have ended"
             )
         reached = find_reached(store, keep=keep)
-        found = list(_garbage(store, reached, name))
+        found = list(_garbage(store, reached, {name}))
         report = _report(store, reached, found, dry_run=False)
         order = {kind: place for place, kind in enumerate(_KINDS)}
         keys = [key for _, key, _ in sorted(found, key=lambda item: (order[item[0]], not _vouches(item[1]), item[1]))]
@@ -190,7 +191,7 @@ def _reach_run(reached: Reached, run_id: str, run: Json) -> None:
                 reached.keys.add(found[0])
 
 
-def _garbage(store: Store, reached: Reached, collector: str) -> Iterator[tuple[str, str, int]]:
+def _garbage(store: Store, reached: Reached, living: Collection[str]) -> Iterator[tuple[str, str, int]]:
     """(kind, key, bytes) of everything that nothing reaches."""
     indexed: Counter[str] = Counter()
     idle: list[tuple[str, str, int]] = []
@@ -200,7 +201,7 @@ def _garbage(store: Store, reached: Reached, collector: str) -> Iterator[tuple[s
             continue
         if kind == "indexes":
             idle.append((match["index"], key, size))
-        elif not _keeps(reached, kind, match, key, collector):
+        elif not _keeps(reached, kind, match, key, living):
             yield kind, key, size
         elif kind == "index records":
             indexed[match["index"]] += 1
@@ -217,7 +218,7 @@ def _kind(key: str) -> tuple[str, re.Match[str] | None]:
     return "", None
 
 
-def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, collector: str) -> bool:
+def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, living: Collection[str]) -> bool:
     names = {
         "runs": reached.runs,
         "snapshots": reached.snapshots,
@@ -236,7 +237,7 @@ def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, collecto
         return match["path"] in reached.exports.get((match["name"], match["version"]), ())
     if kind in ("targets", "scores"):
         return key.partition(".")[0] in reached.keys
-    return kind == "signs of life" and sign_of(key) == collector
+    return kind == "signs of life" and sign_of(key) in living
 
 
 def _vouches(key: str) -> bool:

@@ -49,8 +49,10 @@ def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig, deep: boo
 
 
 @stage("ingest", key=_identity)
-def ingest_objects(store_uri: str, objects: list[Json], corpus: CorpusConfig, limits: LimitsConfig, deep: bool) -> Json:
-    """Read source objects into canonical blocks."""
+def ingest_objects(
+    store_uri: str, objects: list[Json], corpus: CorpusConfig, limits: LimitsConfig, deep: bool, fresh: bool
+) -> Json:
+    """Read source objects into canonical blocks; fresh: whatever Prefect remembers of them."""
     store = Store(store_uri)
     progress = stage_progress("ingest", None)
     done = 0
