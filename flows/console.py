@@ -110,6 +110,8 @@ def show_plan(config: Any, plan: Json) -> None:
     table.add_row("tokens", f"about {plan['tokens']:,}")
     table.add_row("index", f"{plan['index_bytes'] / 2**20:,.1f} MiB in all")
     table.add_row("peak memory", f"{plan['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    for stage in plan["memory"].values():
+        table.add_row("", stage["text"])
     seconds = plan["sketch_seconds"]
     table.add_row(
         "time to sketch", f"about {seconds:,.0f} s" if seconds is not None else plan["sketch_seconds_unknown"]

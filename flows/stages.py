@@ -8,6 +8,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from rise_ops.batches import split
 from rise_ops.config import CurationConfig
+from rise_ops.memory import task_limits
 from tasks.index import count_tokens, open_model, plan_index, sketch
 from tasks.ingest import ingest_objects, publish_corpus, survey
 from tasks.policy import run_all
@@ -36,7 +37,7 @@ def check(runner: Runner, config: CurationConfig, *, model: bool, targets: bool)
 
 def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool = False) -> Json:
     """Bring the corpus' current version up to date with its sources; deep: whatever their listing says."""
-    common = {"corpus": config.corpus, "limits": config.limits}
+    common = {"corpus": config.corpus, "limits": task_limits(config)}
     looking = {**common, "deep": deep}
     with run.stage("ingest") as stage:
         (seen,) = run_all(runner, survey, [looking], store_uri=config.store)
@@ -106,11 +107,11 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
         for part in parts:
             stage.wrote(part["outputs"][0], rows=part["rows"])
         stage.cached = all(part["cached"] for part in parts)
-    keys = [part["outputs"] for part in parts]
+    keys = [[*part["outputs"], part["first_block"]] for part in parts]
     with run.stage("select") as stage:
         call = {"config": config, "version": corpus["version"], "parts": keys, "run_id": run.run_id}
         (selection,) = run_all(runner, select_rows, [call], store_uri=config.store)
-        for scores, _ in keys:
+        for scores, _, _ in keys:
             stage.read(scores)
         stage.wrote(selection["outputs"][0], rows=selection["rows"])
     run.record["selection"] = {
@@ -122,23 +123,14 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
 
 
 def _score(run: Recorder, runner: Runner, config: CurationConfig, indexed: Json, targets: dict[str, str]) -> list[Json]:
-    calls = []
-    first = 0
+    calls: list[Json] = []
+    firsts = [0]
+    common = {"config": config, "index_id": indexed["index_id"], "targets": targets, "run_id": run.run_id}
     for part, blocks in enumerate(split(indexed["blocks"], indexed["rows"], target=_VALUE_ROWS)):
-        calls.append(
-            {
-                "index_id": indexed["index_id"],
-                "targets": targets,
-                "aggregate": config.aggregate,
-                "first_block": first,
-                "blocks": blocks,
-                "run_id": run.run_id,
-                "part": part,
-                "rows": sum(indexed["rows"]),
-            }
-        )
-        first += len(blocks)
-    return run_all(runner, value_blocks, calls, store_uri=config.store)
+        calls.append({**common, "blocks": blocks, "part": part, "rows": sum(indexed["rows"])})
+        firsts.append(firsts[-1] + len(blocks))
+    done = run_all(runner, value_blocks, calls, store_uri=config.store)
+    return [{**result, "first_block": first} for result, first in zip(done, firsts, strict=False)]
 
 
 def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, indexed: Json) -> None:
@@ -173,7 +165,7 @@ def explain(
             figures = evaluated["evaluation"]
         examples = {**call, "run_id": run.run_id, "evaluation": figures}
         (collected,) = run_all(runner, collect_examples, [examples], store_uri=config.store)
-        for _, extremes in valued["parts"]:
+        for _, extremes, _ in valued["parts"]:
             stage.read(extremes)
         stage.wrote(collected["outputs"][0])
     run.record["evaluation"] = figures

@@ -22,7 +22,7 @@ from rise_ops.scan import Extremes, score_blocks
 from rise_ops.session import open_indexed, open_queries
 from rise_ops.store import Store
 from rise_ops.targets import Target
-from rise_ops.valuation import extremes_frame, merge_extremes
+from rise_ops.valuation import extremes_frames, merge_extremes
 
 _BLOCKS_AT_ONCE = 32
 _LOCATED = ("doc_id", "text", "source_uri", "source_row")
@@ -83,7 +83,7 @@ def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: M
     extremes = Extremes(k)
     for _ in score_blocks(store, identity, blocks, stacked, extremes=extremes, progress=progress):
         pass
-    return merge_extremes(extremes_frame(extremes, targets).lazy(), k=k)
+    return merge_extremes(pl.concat(extremes_frames(extremes, targets)).lazy(), k=k)
 
 
 def explain(store: Store, version: CorpusVersion, blocks: Sequence[str], target: Target,

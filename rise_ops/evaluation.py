@@ -12,8 +12,9 @@ class, where it is not defined. Rows too short to be scored, and further copies 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from heapq import nsmallest
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,13 @@ from rise_ops.progress import Progress, silent
 from rise_ops.session import open_indexed, open_target
 from rise_ops.store import Store
 from rise_ops.targets import Target, read_target
-from rise_ops.valuation import merge_extremes
+from rise_ops.valuation import Part, read_extremes
 
 DEFAULT_LABEL = "label"
 DEFAULT_KS = (5, 10, 50)
 
 _COLUMNS = ["text", "text_field", "meta"]
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,18 @@ class Label:
         if not name:
             raise ConfigError(f"--label {text}: write it as FIELD or FIELD=VALUE")
         return cls(name, value if equals else None)
+
+
+@dataclass(slots=True)
+class LabelCounts:
+    """Rows by their value of a field, as text."""
+
+    rows: int
+    """Of the corpus."""
+    wanted: dict[str, int]
+    """By the values that were asked for."""
+    first: list[str]
+    """The first values in alphabetical order, for messages; none where no row has the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +98,7 @@ def roc_area(relevant: npt.NDArray[np.bool_]) -> float | None:
 
 
 def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target: Target, *, label: Label,
-             ks: Sequence[int], counts: Mapping[str | None, int] | None = None) -> Evaluation:  # fmt: skip
+             ks: Sequence[int], counts: LabelCounts | None = None) -> Evaluation:  # fmt: skip
     """Figures for one target.
 
     Parameters
@@ -94,7 +108,7 @@ def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target
     extremes
         `merge_extremes` of this target, with at least max(ks) rows on each side.
     counts
-        `count_values` of the field, if they are known.
+        `count_labels` of the field and at least the wanted values, if they are known.
 
     Raises
     ------
@@ -103,8 +117,8 @@ def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target
     SelectionError
         No row was scored.
     """
-    counts = count_values(store, blocks, label.field) if counts is None else counts
     wanted = _wanted(target, label)
+    counts = count_labels(store, blocks, label.field, wanted) if counts is None else counts
     _refuse_unlabelled(label, counts)
     if extremes.is_empty():
         raise SelectionError("no row of the corpus has 2 tokens, so none was scored")
@@ -117,8 +131,8 @@ def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target
         for k in ks:
             figures[k].append(_figures(top, bottom, want, k))
     return Evaluation(
-        rows=sum(counts.values()),
-        positives=sum(counts.get(value, 0) for value in set(wanted)),
+        rows=counts.rows,
+        positives=sum(counts.wanted.get(value, 0) for value in set(wanted)),
         queries=len(wanted),
         top_k={str(k): _mean(values) for k, values in figures.items()},
     )
@@ -142,7 +156,7 @@ def evaluate_corpus(store: Store, config: CurationConfig, name: str, *, label: L
 
 
 def evaluate_run(store: Store, version: CorpusVersion, blocks: Sequence[str], targets: Mapping[str, str],
-                 extremes: Sequence[str]) -> dict[str, dict[str, Any]] | None:  # fmt: skip
+                 parts: Sequence[Part]) -> dict[str, dict[str, Any]] | None:  # fmt: skip
     """The protocol for every target whose queries all carry a `label`, where the corpus has that column too.
 
     Returns the figures by target; None where there are none.
@@ -151,13 +165,15 @@ def evaluate_run(store: Store, version: CorpusVersion, blocks: Sequence[str], ta
     if DEFAULT_LABEL in version.fields:
         opened = {name: read_target(store, target_id) for name, target_id in targets.items()}
         labelled = {name: target for name, target in opened.items() if _has_labels(target)}
-    counts = count_values(store, blocks, DEFAULT_LABEL) if labelled else {}
-    if not any(value is not None for value in counts):
+    label = Label(DEFAULT_LABEL)
+    wanted = {value for target in labelled.values() for value in _wanted(target, label)}
+    counts = count_labels(store, blocks, DEFAULT_LABEL, wanted) if labelled else None
+    if counts is None or not counts.first:
         return None
     found = {}
     for name, target in labelled.items():
-        merged = merge_extremes(store.scan_parquet(extremes).filter(pl.col("target") == name), k=max(DEFAULT_KS))
-        figures = evaluate(store, blocks, merged, target, label=Label(DEFAULT_LABEL), ks=DEFAULT_KS, counts=counts)
+        merged = read_extremes(store, parts, k=max(DEFAULT_KS), where=pl.col("target") == name)
+        figures = evaluate(store, blocks, merged, target, label=label, ks=DEFAULT_KS, counts=counts)
         found[name] = asdict(figures)
     return found
 
@@ -166,12 +182,11 @@ def _has_labels(target: Target) -> bool:
     return all(json.loads(meta).get(DEFAULT_LABEL) is not None for meta in target.queries["meta"].to_list())
 
 
-def _refuse_unlabelled(label: Label, counts: Mapping[str | None, int]) -> None:
-    values = sorted(value for value in counts if value is not None)
-    if not values:
+def _refuse_unlabelled(label: Label, counts: LabelCounts) -> None:
+    if not counts.first:
         raise ConfigError(f"--label {label.field}: no row of the corpus has this field")
-    if label.value is not None and label.value not in counts:
-        known = ", ".join(value[:40] for value in values[:5])
+    if label.value is not None and not counts.wanted.get(label.value):
+        known = ", ".join(value[:40] for value in counts.first)
         raise ConfigError(f"--label {label.field}={label.value}: no row has this value; rows have: {known}")
 
 
@@ -223,12 +238,16 @@ def _label_of(frame: pl.DataFrame, field: str) -> pl.Series:
     return pl.Series("label", [pick(row) for row in frame.iter_rows(named=True)], dtype=pl.String)
 
 
-def count_values(store: Store, blocks: Sequence[str], field: str) -> dict[str | None, int]:
-    """Rows by their value of a field, as text; None stands for rows without it."""
-    counts: dict[str | None, int] = {}
+def count_labels(store: Store, blocks: Sequence[str], field: str, wanted: Iterable[str]) -> LabelCounts:
+    """Count the rows with some values of a field; a field may have as many values as there are rows."""
+    counts = LabelCounts(0, dict.fromkeys(wanted, 0), [])
     for block_id in blocks:
-        for value, count in _label_of(read_block(store, block_id, columns=_COLUMNS), field).value_counts().iter_rows():
-            counts[value] = counts.get(value, 0) + count
+        labels = _label_of(read_block(store, block_id, columns=_COLUMNS), field)
+        counts.rows += len(labels)
+        found = dict(labels.drop_nulls().value_counts().iter_rows())
+        for value in counts.wanted.keys() & found.keys():
+            counts.wanted[value] += found[value]
+        counts.first = nsmallest(_SHOWN, {*counts.first, *found})
     return counts
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -32,18 +33,21 @@ from rise_ops.config import ExportConfig
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.errors import ConflictError, IntegrityError
 from rise_ops.hashing import canonical_json, fingerprint
+from rise_ops.heap import steady_heap
+from rise_ops.memory import ExportMemory, export_memory
 from rise_ops.progress import Progress, silent
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
+from rise_ops.tables import TableWriter, iter_file, iter_table
 
 FORMAT_VERSION = 1
 OWN_COLUMNS = {"doc_id": "string", "value": "float", "source_uri": "string", "source_row": "int64"}
 """Columns that an export adds, and their Arrow types."""
 _SLICE_ROWS = 8_192
 _GROUP_ROWS = 8_192
-_GROUP_BYTES = 16 * 2**20
-"""A row group ends at whichever comes first; bytes are those of the rows as JSON."""
+"""A row group ends here, or where its rows have `ExportMemory.group_bytes` as JSON."""
 _CLAIM_ATTEMPTS = 20
+_logger = logging.getLogger(__name__)
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Row = dict[str, Any]
@@ -89,7 +93,7 @@ def list_exports(store: Store, name: str | None = None) -> list[dict[str, Any]]:
 
 
 def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str, config: ExportConfig,
-                lineage: Mapping[str, Any], progress: Progress = silent) -> Export:  # fmt: skip
+                lineage: Mapping[str, Any], memory: int, progress: Progress = silent) -> Export:  # fmt: skip
     """Publish the rows that a run's decisions keep.
 
     Parameters
@@ -99,24 +103,29 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
     lineage
         What to record beside the data: corpus, model, index, weights. Its fingerprint, with the decisions'
         content and the format, is the identity of the export.
+    memory
+        Bytes that the export may take.
 
     Raises
     ------
+    LimitError
+        `memory` is too small for a block.
     ConflictError
         Other exports claimed every version that this one tried.
     """
+    steady_heap()
+    plan = export_memory(memory)
+    _logger.info("%s", plan.plan.text)
     with tempfile.TemporaryDirectory(prefix="curate-") as folder:
         kept = Path(folder) / "kept.parquet"
-        columns = ["doc_id", "block_id", "block_row", "value", "source_uri", "source_row"]
-        decisions = store.scan_parquet([decisions_key(run_id)])
-        decisions.filter(pl.col("kept")).select(columns).sink_parquet(kept)
+        _spool_kept(store, run_id, kept, rows=plan.slice_rows)
         content = fingerprint([_content(kept), config.model_dump(mode="json"), lineage["identity"]])
         for manifest in list_exports(store, name):
             if manifest["content"] == content:
                 return Export(name, manifest["version"], manifest["rows"], len(manifest["files"]), reused=True)
         number = _claim(store, name, {**lineage, "run_id": run_id, "content": content})
         prefix = f"exports/{name}/{number}"
-        files = list(_write_files(store, prefix, kept, version.fields, config, Path(folder), progress))
+        files = list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
     rows = sum(file.rows for file in files)
     store.create(f"{prefix}/README.md", dataset_card(name, number, rows, config, lineage, run_id).encode())
     manifest = {
@@ -178,26 +187,29 @@ def _claim(store: Store, name: str, lineage: Mapping[str, Any]) -> str:
 
 
 def _write_files(store: Store, prefix: str, kept: Path, fields: Mapping[str, str], config: ExportConfig,
-                 folder: Path, progress: Progress) -> Iterator[ExportedFile]:  # fmt: skip
+                 plan: ExportMemory, progress: Progress) -> Iterator[ExportedFile]:  # fmt: skip
     """Spool the rows locally, which shows the columns' types, then write and publish file after file."""
     import zstandard
 
     renamed = _renamed(fields)
     types = ColumnTypes({renamed.get(name, name): kind for name, kind in fields.items()} | OWN_COLUMNS)
-    spool = folder / "rows.jsonl.zst"
+    spool = kept.with_name("rows.jsonl.zst")
     done = 0
     with zstandard.open(spool, "wb") as lines:
-        for rows in _iter_rows(store, kept, renamed):
+        for rows in _iter_rows(store, kept, renamed, plan):
             if config.format == "parquet":
                 types.observe(rows)
             for row in rows:
                 lines.write(_as_json(row).encode() + b"\n")
             done += len(rows)
             progress(done, None)
-    path = folder / f"data.{config.format}"
+    path = kept.with_name(f"data.{config.format}")
     with zstandard.open(spool, "rb") as packed, io.BufferedReader(packed) as lines:
         for number, part in enumerate(_parts(lines, config.max_file_bytes)):
-            written = _write_parquet(part, path, types) if config.format == "parquet" else _write_lines(part, path)
+            if config.format == "parquet":
+                written = _write_parquet(part, path, types, group_bytes=plan.group_bytes)
+            else:
+                written = _write_lines(part, path)
             yield _publish(store, f"{prefix}/data/train-{number:05d}.{config.format}", path, written)
 
 
@@ -218,15 +230,17 @@ def _parts(lines: Iterable[bytes], max_bytes: int) -> Iterator[Iterator[bytes]]:
         yield part()
 
 
-def _write_parquet(lines: Iterator[bytes], path: Path, types: ColumnTypes) -> int:
+def _write_parquet(lines: Iterator[bytes], path: Path, types: ColumnTypes, *, group_bytes: int) -> int:
     import pyarrow.parquet as pq
 
     schema, total = types.schema(last=tuple(OWN_COLUMNS)), 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for group in _parts(lines, _GROUP_BYTES):
-            while batch := [json.loads(line) for line in islice(group, _GROUP_ROWS)]:
-                writer.write_batch(types.batch(batch, schema), row_group_size=_GROUP_ROWS)
-                total += len(batch)
+        for group in _parts(lines, group_bytes):
+            while rows := [json.loads(line) for line in islice(group, _GROUP_ROWS)]:
+                total += len(rows)
+                batch = types.batch(rows, schema)
+                rows.clear()  # the values are in the batch now
+                writer.write_batch(batch, row_group_size=_GROUP_ROWS)
     return total
 
 
@@ -249,15 +263,26 @@ def _publish(store: Store, key: str, path: Path, rows: int) -> ExportedFile:
     return ExportedFile("/".join(key.split("/")[3:]), rows, size, digest)
 
 
-def _iter_rows(store: Store, kept: Path, renamed: Mapping[str, str]) -> Iterator[list[Row]]:
+def _spool_kept(store: Store, run_id: str, path: Path, *, rows: int) -> None:
+    """The kept decisions in a local file."""
+    columns = ["doc_id", "block_id", "block_row", "value", "source_uri", "source_row"]
+    with TableWriter(path, compression="lz4") as writer:
+        for frame in iter_table(store, decisions_key(run_id), columns=[*columns, "kept"], rows=rows):
+            writer.write(frame.filter("kept").select(columns).to_arrow())
+
+
+def _iter_rows(store: Store, kept: Path, renamed: Mapping[str, str], plan: ExportMemory) -> Iterator[list[Row]]:
     """The kept rows with their original columns, in corpus order, a slice at a time."""
-    total = pl.scan_parquet(kept).select(pl.len()).collect().item()
-    for start in range(0, total, _SLICE_ROWS):
-        part = pl.scan_parquet(kept).slice(start, _SLICE_ROWS).collect()
+    for part in iter_file(kept, rows=plan.slice_rows):
         for block in part.partition_by("block_id", maintain_order=True):
             content = read_block(store, block["block_id"][0])
-            joined = block.drop("doc_id").hstack(content[block["block_row"].to_list()])
-            yield [_original(row, renamed) for row in joined.iter_rows(named=True)]
+            sizes = content.select(pl.col("text").str.len_bytes() + pl.col("meta").str.len_bytes()).to_series()
+            # the average decides: a slice of rows that are all larger takes more, but no more than their block
+            step = max(1, plan.row_bytes // max(1, int(sizes.sum()) // max(1, len(sizes))))
+            for start in range(0, block.height, step):
+                rows = block[start : start + step]
+                joined = rows.drop("doc_id").hstack(content[rows["block_row"].to_list()])
+                yield [_original(row, renamed) for row in joined.iter_rows(named=True)]
 
 
 def _renamed(fields: Iterable[str]) -> dict[str, str]:
@@ -288,10 +313,8 @@ def _sha256_file(path: Path) -> str:
 def _content(kept: Path) -> str:
     """Identity of the kept rows, whatever wrote the file."""
     digest = hashlib.sha256()
-    total = pl.scan_parquet(kept).select(pl.len()).collect().item()
-    for start in range(0, total, _SLICE_ROWS):
-        rows = pl.scan_parquet(kept).select("doc_id", "value", "source_uri", "source_row").slice(start, _SLICE_ROWS)
-        digest.update(rows.collect().write_ndjson().encode())
+    for rows in iter_file(kept, columns=["doc_id", "value", "source_uri", "source_row"], rows=_SLICE_ROWS):
+        digest.update(rows.write_ndjson().encode())
     return digest.hexdigest()
 
 

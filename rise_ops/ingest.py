@@ -10,6 +10,7 @@ completion record exists: a run that is killed leaves blocks that the next one f
 from __future__ import annotations
 
 from collections.abc import Callable
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from rise_ops.blocks import RowBuffer, block_key, ends_block, write_block
 from rise_ops.config import CorpusConfig, CurationConfig, LimitsConfig
 from rise_ops.corpus import CorpusVersion, look_at_sources
 from rise_ops.errors import SourceError
+from rise_ops.heap import steady_heap
+from rise_ops.memory import ingest_memory
 from rise_ops.objects import (
     BlockCount,
     IngestedObject,
@@ -48,6 +51,8 @@ OnRows = Callable[[str | None, RowBuffer], None]
 
 _PROGRESS_ROWS = 1000
 _CONNECTIONS = 16
+
+_logger = logging.getLogger(__name__)
 
 
 def ingest_object(
@@ -123,6 +128,8 @@ def _convert(
     on_rows: OnRows | None = None,
 ) -> tuple[ObjectRecord, bool]:
     """The record of an object, and whether it was there already."""
+    steady_heap()
+    ingest_memory(int(limits.memory))  # refuses before anything is read
     refuse_inside(source.uri, store.uri)
     settings = ingest_fingerprint(corpus.fields, limits)
     known = _known(store, source, settings, deep=deep)
@@ -173,6 +180,7 @@ def ingest_corpus(
     SourceError, BadRowsError, ConflictError, StoreError, TransientError
     """
     corpus, limits = config.corpus, config.limits
+    _logger.info("%s", ingest_memory(int(limits.memory)).text)
     version, diff = look_at_sources(store, corpus, limits)
     objects: list[IngestedObject] = []
     before = 0

@@ -19,13 +19,14 @@ from rise_ops.config import CurationConfig
 from rise_ops.corpus import look_at_sources
 from rise_ops.diff import diff_states, published_state
 from rise_ops.index import BlockRecord, IndexListing, index_id, read_records
+from rise_ops.memory import as_json
 from rise_ops.model_files import model_fingerprint, resolve_model, stored_bytes
 from rise_ops.objects import BlockCount
 from rise_ops.preview import preview_corpus
 from rise_ops.readers import open_rows
 from rise_ops.reuse import candidate_blocks, find_rows
 from rise_ops.rows import RowFault, canonical_row
-from rise_ops.session import open_signer
+from rise_ops.session import open_signer, plan_stages
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
 
@@ -94,6 +95,7 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
         "index_bytes": sum(seen.state.rows_of.values()) * config.sketch.dim * 2,
         "index_bytes_new": sum(missing.values()) * config.sketch.dim * 2,
         "peak_memory_bytes": cost.peak_memory_bytes,
+        "memory": as_json(plan_stages(config, rows=seen.rows)),
         "sketch_seconds": cost.sketch_seconds,
         "sketch_seconds_unknown": cost.sketch_seconds_unknown,
     }

@@ -1,11 +1,12 @@
 """One pass over an index: every row against every query.
 
-Influence of row x on query q is φ(x)·φ(q) with unit signatures. Blocks are read chunk by chunk, one chunk
+Influence of row x on query q is φ(x)·φ(q) with unit signatures. Blocks are read chunk by chunk, some chunks
 ahead of the arithmetic; a chunk is widened from float16 to float32 in small tiles that stay in cache, and
-one GEMM a tile scores all queries. Memory is a few chunks plus `queries · dim` floats, whatever the index's
-size.
+one GEMM a tile scores all queries. Memory is a few chunks, `queries · dim` floats and the scores of a piece of a
+block, whatever the index's size (`rise_ops.memory.ScanMemory`).
 
-Ties are broken by position (block, then row), so results do not depend on tiles or batches.
+Tiles are the same whatever the memory, and ties are broken by position (block, then row), so results depend on
+neither.
 """
 
 from __future__ import annotations
@@ -21,28 +22,45 @@ import numpy.typing as npt
 import torch
 
 from rise_ops.heap import steady_heap
-from rise_ops.index import BlockRecord, Float16Array, iter_signatures, read_counts, read_records
+from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records
+from rise_ops.memory import TILE_ROWS, ScanMemory
 from rise_ops.progress import Progress, silent
 from rise_ops.store import Store
 
 Float32Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-TILE_ROWS = 128
-"""Rows widened and multiplied at a time: fewer cost threads that wait for each other, more leave the cache."""
 BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
-_AHEAD = 2
+_DEFAULT = ScanMemory(chunks=3, piece_rows=8 * TILE_ROWS)
+_MERGE_BYTES = 8 * 2**20
 
 
-def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], queries: Float32Array,
-                ) -> Iterator[Float32Array]:  # fmt: skip
-    """Scores of each block's rows, [rows, queries] float32, in the order of `records`.
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Scores of some consecutive rows of a block."""
+
+    record: BlockRecord
+    position: int
+    """Of the block, in the order of the blocks that are scored."""
+    start: int
+    """First row, in the block."""
+    scores: Float32Array
+    """[rows, queries]; without meaning where `chunks` is 0. Overwritten when the next rows come."""
+    tokens: npt.NDArray[np.int32]
+    chunks: npt.NDArray[np.int32]
+
+
+def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], queries: Float32Array, *,
+                memory: ScanMemory = _DEFAULT) -> Iterator[tuple[int, int, Float32Array]]:  # fmt: skip
+    """Scores of all rows in pieces: the record's number, the first row, [rows, queries] float32.
 
     Parameters
     ----------
     queries
         Unit signatures of the queries, [queries, dim].
+    memory
+        How much is read ahead and scored at a time. The scores are overwritten by those of the next piece.
 
     Raises
     ------
@@ -51,15 +69,23 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     """
     steady_heap()
     scorer = _Scorer(queries)
-    chunks = _ahead((record, chunk) for record in records for chunk in iter_signatures(store, identity, record))
-    for record in records:
-        scores = np.empty((record.rows, len(queries)), dtype=np.float32)
-        start = 0
-        while start < record.rows:
-            _, chunk = next(chunks)
-            scorer.score(chunk, out=scores[start : start + len(chunk)])
-            start += len(chunk)
-        yield scores
+    out = np.empty((memory.piece_rows, len(queries)), dtype=np.float32)
+    row, current = 0, 0
+    for number, chunk in _ahead(_numbered_chunks(store, identity, records), memory.chunks):
+        row, current = (row if number == current else 0), number
+        for start in range(0, len(chunk), memory.piece_rows):
+            piece = out[: min(memory.piece_rows, len(chunk) - start)]
+            scorer.score(chunk[start : start + len(piece)], out=piece)
+            yield number, row + start, piece
+        row += len(chunk)
+        del chunk  # or it would stay while the next ones are read
+
+
+def _numbered_chunks(store: Store, identity: str, records: Sequence[BlockRecord]) -> Iterator[tuple[int, Float16Array]]:
+    """Chunks with their record's number; none is held here."""
+    for number, record in enumerate(records):
+        for chunk in range(-(-record.rows // record.chunk_rows)):
+            yield number, read_chunk(store, identity, record, chunk)
 
 
 class _Scorer:
@@ -80,33 +106,25 @@ class _Scorer:
             torch.matmul(self._tile[:rows], self._queries.T, out=result[start : start + rows])
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredBlock:
-    """Scores of one block's rows."""
-
-    record: BlockRecord
-    position: int
-    """Of the block, in the corpus' order of blocks."""
-    scores: Float32Array
-    """[rows, queries]; without meaning where `chunks` is 0."""
-    tokens: npt.NDArray[np.int32]
-    chunks: npt.NDArray[np.int32]
-
-
-def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries: Float32Array, *, first_block: int = 0,
-                 extremes: Extremes | None = None, progress: Progress = silent) -> Iterator[ScoredBlock]:  # fmt: skip
+def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries: Float32Array, *,
+                 extremes: Extremes | None = None, memory: ScanMemory = _DEFAULT,
+                 progress: Progress = silent) -> Iterator[ScoredRows]:  # fmt: skip
     """Score blocks one by one, feeding `extremes` with the rows that have a signature; `progress` counts rows."""
     records = list(read_records(store, identity, block_ids).values())
+    counts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
     done = 0
-    for offset, scores in enumerate(iter_scores(store, identity, records, queries)):
-        record, position = records[offset], first_block + offset
-        tokens, chunks = read_counts(store, identity, record)
+    for position, start, scores in iter_scores(store, identity, records, queries, memory=memory):
+        record = records[position]
+        if start == 0 or counts is None:
+            counts = read_counts(store, identity, record)
+        tokens, chunks = (column[start : start + len(scores)] for column in counts)
         if extremes is not None:
             usable = np.flatnonzero(chunks > 0)
-            extremes.add(scores[usable], (position << BLOCK_SHIFT) + usable.astype(np.int64))
-        done += record.rows
+            ordinals = (position << BLOCK_SHIFT) + start + usable.astype(np.int64)
+            extremes.add(scores if len(usable) == len(scores) else scores[usable], ordinals)
+        yield ScoredRows(record, position, start, scores, tokens, chunks)
+        done += len(scores)
         progress(done, None)
-        yield ScoredBlock(record, position, scores, tokens, chunks)
 
 
 @dataclass(slots=True)
@@ -135,32 +153,49 @@ class Extremes:
             self.top = self.bottom = nothing.astype(np.float32)
             self.top_rows = self.bottom_rows = nothing.astype(np.int64)
             self._empty = False
-        self.top, self.top_rows = _smallest(self.k, -self.top, self.top_rows, -columns, rows, sign=-1)
+        self.top, self.top_rows = smallest(self.k, self.top, self.top_rows, columns, rows, sign=-1)
         low = self.k if self.k_bottom is None else self.k_bottom
-        self.bottom, self.bottom_rows = _smallest(low, self.bottom, self.bottom_rows, columns, rows, sign=1)
+        self.bottom, self.bottom_rows = smallest(low, self.bottom, self.bottom_rows, columns, rows, sign=1)
 
 
-def _smallest(k: int, kept: Float32Array, kept_rows: npt.NDArray[np.int64], new: Float32Array,
-              new_rows: npt.NDArray[np.int64], *, sign: int,
-              ) -> tuple[Float32Array, npt.NDArray[np.int64]]:  # fmt: skip
+def smallest(k: int, kept: Float32Array, kept_rows: npt.NDArray[np.int64], new: Float32Array,
+             new_rows: npt.NDArray[np.int64], *, sign: int) -> tuple[Float32Array, npt.NDArray[np.int64]]:  # fmt: skip
+    """The k smallest of `sign · score` for each query (row of the arrays), in order, and whose they are.
+
+    Of equal ones those kept before come first, so rows must come in ascending order of ordinals. Some queries are
+    merged at a time, so that memory is that of the result.
+    """
     if kept.shape[1] == k:  # most rows are no candidate for any query: sorting them would cost more than the scores
-        candidates = (new < kept[:, -1:]).any(axis=0)
+        candidates = (sign * new < sign * kept[:, -1:]).any(axis=0)
         new, new_rows = new[:, candidates], new_rows[:, candidates]
-    keys = np.concatenate([kept, new], axis=1)
-    rows = np.concatenate([kept_rows, new_rows], axis=1)
-    # stable: what was kept stands first and has lower ordinals, so ties keep their order
-    order = np.argsort(keys, axis=1, kind="stable")[:, :k]
-    return sign * np.take_along_axis(keys, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        if not new.shape[1]:
+            return kept, kept_rows
+    queries, width = len(kept), kept.shape[1] + new.shape[1]
+    best = np.empty((queries, min(k, width)), np.float32)
+    best_rows = np.empty(best.shape, np.int64)
+    step = max(1, _MERGE_BYTES // max(1, 32 * width))
+    for part in (slice(start, start + step) for start in range(0, queries, step)):
+        scores = np.concatenate([kept[part], new[part]], axis=1)
+        rows = np.concatenate([kept_rows[part], new_rows[part]], axis=1)
+        # stable: what was kept stands first and has lower ordinals, so ties keep their order
+        order = np.argsort(sign * scores, axis=1, kind="stable")[:, :k]
+        best[part] = np.take_along_axis(scores, order, axis=1)
+        best_rows[part] = np.take_along_axis(rows, order, axis=1)
+    return best, best_rows
 
 
-def _ahead(items: Iterable[T]) -> Iterator[T]:
-    """Iterate with a thread that reads up to two items ahead."""
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Iterate with a thread that reads ahead, so that `count` items are held at most, the last one included."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
-        pending: list[Future[list[T]]] = [pool.submit(lambda: list(islice(iterator, 1))) for _ in range(_AHEAD)]
+        pending: list[Future[list[T]]] = [pool.submit(_next, iterator) for _ in range(count)]
         while True:
             item = pending.pop(0).result()
             if not item:
                 return
-            pending.append(pool.submit(lambda: list(islice(iterator, 1))))
-            yield item[0]
+            yield item.pop()
+            pending.append(pool.submit(_next, iterator))
+
+
+def _next(iterator: Iterator[T]) -> list[T]:
+    return list(islice(iterator, 1))

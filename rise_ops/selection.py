@@ -9,29 +9,39 @@ tokens; `min_value` cuts where values get too low. Every row gets a reason:
     runs/<run_id>/decisions.parquet   doc_id, block_id, block_row, source_uri, source_row, tokens,
                                       score_<target>…, value, rank, kept, reason; in corpus order
 
-Only the value, the tokens, eight bytes of the doc_id and the fate of each row are in memory at once, SORT_BYTES
-a row while they are sorted; everything else streams from part to part. An object that stands in the corpus
-twice has its rows twice.
+Rows stream from the scores into a local file and a file of sort keys; `rise_ops.ranking` sorts these on disk,
+and the fates are joined to the rows as both are read once more. Memory is set by `limits.memory`; disk takes
+about the size of the decisions and 60 bytes a row. An object that stands in the corpus twice has its rows twice.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 
 from rise_ops.config import KeepConfig
 from rise_ops.corpus import CorpusVersion, placements
-from rise_ops.errors import IntegrityError, LimitError, SelectionError
+from rise_ops.errors import IntegrityError, SelectionError
+from rise_ops.heap import steady_heap
+from rise_ops.memory import SelectMemory, select_memory
+from rise_ops.ranking import Judge, Ranking, Totals
+from rise_ops.spool import spool
 from rise_ops.store import Store
-from rise_ops.valuation import Aggregate, Part, fused_scores
+from rise_ops.tables import TableWriter, iter_file
+from rise_ops.valuation import Aggregate, Part, count_queries, iter_part_scores
 
-SORT_BYTES = 200
-"""Peak bytes a row while ranking: 150 to 200 measured on 1,000,000 and 3,000,000 rows."""
+REASONS = ("kept", "no_prediction", "below_min_value", "over_rows", "over_fraction", "over_tokens")
+_GROUP_ROWS = 8_192
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,129 +69,129 @@ def decide(store: Store, version: CorpusVersion, *, run_id: str, parts: Sequence
     Parameters
     ----------
     parts
-        Keys of the scores and of the extremes of each part, in order.
+        The scored parts, in order.
     memory
-        Bytes that ranking may take.
+        Bytes that selection may take.
 
     Raises
     ------
     SelectionError
         Nothing is left to keep.
     LimitError
-        Ranking so many rows does not fit in `memory`.
+        `memory` is too small for one slice of rows.
     IntegrityError
         The parts do not cover the version's rows.
     """
-    if version.rows * SORT_BYTES > memory:
-        raise LimitError(
-            f"ranking {version.rows:,} rows takes about {version.rows * SORT_BYTES / 2**30:.1f} GiB, limits.memory is "
-            f"{memory / 2**30:.1f} GiB; raise it"
-        )
-    with tempfile.TemporaryDirectory(prefix="curate-") as folder:
-        files = _value_parts(store, version, parts, weights, targets, aggregate, Path(folder))
-        ranked = _rank(pl.scan_parquet(files), keep)
-        if ranked.height != version.rows:
+    steady_heap()
+    queries = count_queries(store, parts) if aggregate == "rrf" else 0
+    plan = select_memory(memory, rows=version.rows, queries=queries, aggregate=aggregate)
+    _logger.info("%s", plan.plan.text)
+    with spool() as name:
+        folder = Path(name)
+        ranking = Ranking(folder, capacity=plan.sort_rows)
+        rows = folder / "rows.parquet"
+        _spool(_valued_rows(store, version, parts, weights, targets, aggregate, plan), rows, ranking)
+        if ranking.rows != version.rows:
             raise IntegrityError(
                 f"corpus {version.corpus} version {version.version} has {version.rows:,} rows, the scores cover "
-                f"{ranked.height:,}; the store is damaged, `curate verify` tells where"
+                f"{ranking.rows:,}; the store is damaged, `curate verify` tells where"
             )
-        selection = _summary(ranked)
+        totals = ranking.rank(fate_rules(keep, ranking.rows))
+        selection = _summary(totals)
         if selection.kept == 0:
-            raise SelectionError(_nothing_kept(ranked, keep))
-        whole = Path(folder) / "decisions.parquet"
-        _join_ranks(files, ranked, whole)
+            raise SelectionError(_nothing_kept(totals, selection.rows, keep))
+        whole = folder / "decisions.parquet"
+        _join_fates(rows, ranking, whole)
+        rows.unlink()
         store.create_from_file(decisions_key(run_id), whole)
     return selection
 
 
-def _value_parts(store: Store, version: CorpusVersion, parts: Sequence[Part], weights: Mapping[str, float],
-                 targets: Sequence[str], aggregate: Aggregate, folder: Path) -> list[Path]:  # fmt: skip
-    """Scores joined with places and values, one local file a part."""
-    fused = None
-    if aggregate == "rrf":
-        fused = fused_scores((store.scan_parquet([extremes]) for _, extremes in parts), targets)
+def _valued_rows(store: Store, version: CorpusVersion, parts: Sequence[Part], weights: Mapping[str, float],
+                 targets: Sequence[str], aggregate: Aggregate, plan: SelectMemory) -> Iterator[pl.DataFrame]:  # fmt: skip
+    """Scores joined with places and values, a slice at a time, in corpus order."""
     scores = [f"score_{name}" for name in targets]
     value = pl.sum_horizontal([pl.lit(weights[name]) * pl.col(f"score_{name}") for name in weights], ignore_nulls=False)
-    files = []
-    for number, (key, _) in enumerate(parts):
-        frame = store.scan_parquet([key]).collect()
-        if fused is not None:
-            frame = frame.join(fused, on=["block", "block_row"], how="left", maintain_order="left").with_columns(
-                pl.when(pl.col("chunks") > 0).then(pl.col(name).fill_null(0.0)).alias(name) for name in scores
-            )
+    for frame in iter_part_scores(store, parts, targets, aggregate, rows=plan.slice_rows):
         places = placements(store, version, frame["block_id"].unique(maintain_order=True).to_list())
-        frame = (
+        yield (
             frame.join(places, on=["block_id", "block_row"], how="left", maintain_order="left_right")
             .with_columns(value=value.cast(pl.Float32))
             .select("doc_id", "block_id", "block_row", "source_uri", "source_row", "tokens", *scores, "value")
         )
-        files.append(folder / f"part-{number:05d}.parquet")
-        frame.write_parquet(files[-1])
-    return files
 
 
-def _rank(rows: pl.LazyFrame, keep: KeepConfig) -> pl.DataFrame:
-    """value, tokens, rank, kept, reason of every row, in the rows' own order."""
-    narrow = rows.select(
-        pl.col("doc_id").str.head(16).str.to_integer(base=16, dtype=pl.UInt64).alias("tie"), "value", "tokens"
-    ).collect(engine="streaming")
-    order = {"value": True, "tie": False, "row": False}
-    narrow = narrow.with_row_index("row").sort(list(order), descending=list(order.values()), nulls_last=True)
+def _spool(frames: Iterator[pl.DataFrame], path: Path, ranking: Ranking) -> None:
+    """Write the rows to a local file and their keys to the ranking."""
+    tie = pl.col("doc_id").str.head(16).str.to_integer(base=16, dtype=pl.UInt64)
+    with TableWriter(path, compression="lz4", group_rows=_GROUP_ROWS) as writer:
+        for frame in frames:
+            writer.write(frame.to_arrow())
+            ranking.add(
+                frame["value"].fill_null(0.0).to_numpy(),
+                frame["value"].is_not_null().to_numpy(),
+                frame.select(tie).to_series().to_numpy(),
+                frame["tokens"].to_numpy(),
+            )
+
+
+def fate_rules(keep: KeepConfig, rows: int) -> Judge:
+    """The rules as a function of rows in order of rank; the first that a row breaks is its reason."""
     # in decimal, as it was written: 0.29 of 100 rows are 29, and 28 in binary floating point
-    budget = narrow.height if keep.fraction is None else int(Fraction(str(keep.fraction)) * narrow.height)
-    rank = pl.int_range(1, pl.len() + 1, dtype=pl.UInt32)
-    checks = [("no_prediction", pl.col("value").is_null())]
-    if keep.min_value is not None:
-        checks.append(("below_min_value", pl.col("value") < keep.min_value))
-    if keep.rows is not None:
-        checks.append(("over_rows", pl.col("rank") > keep.rows))
-    if keep.fraction is not None:
-        checks.append(("over_fraction", pl.col("rank") > budget))
-    if keep.tokens is not None:
-        checks.append(("over_tokens", pl.col("tokens").cast(pl.Int64).cum_sum() > keep.tokens))
-    reason = pl.coalesce([pl.when(check).then(pl.lit(name)) for name, check in checks] + [pl.lit("kept")])
-    return (
-        narrow.with_columns(rank=pl.when(pl.col("value").is_not_null()).then(rank))
-        .with_columns(reason=reason)
-        .with_columns(kept=pl.col("reason") == "kept")
-        .sort("row")
-        .select("value", "tokens", "rank", "kept", "reason")
-    )
+    budget = rows if keep.fraction is None else int(Fraction(str(keep.fraction)) * rows)
+    # values are compared as they are stored, in 32 bits: a row of value 0.1 is not below 0.1
+    lowest = None if keep.min_value is None else pl.Series([keep.min_value]).cast(pl.Float32).to_numpy()[0]
+
+    def judge(values: npt.NDArray[np.float32], valued: npt.NDArray[np.bool_], ranks: npt.NDArray[np.int64],
+              tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:  # fmt: skip
+        checks = [("no_prediction", ~valued)]
+        if lowest is not None:
+            checks.append(("below_min_value", values < lowest))
+        if keep.rows is not None:
+            checks.append(("over_rows", ranks > keep.rows))
+        if keep.fraction is not None:
+            checks.append(("over_fraction", ranks > budget))
+        if keep.tokens is not None:
+            checks.append(("over_tokens", tokens > keep.tokens))
+        codes = np.zeros(len(values), np.uint8)
+        for reason, broken in reversed(checks):
+            codes[broken] = REASONS.index(reason)
+        return codes
+
+    return judge
 
 
-def _join_ranks(files: Sequence[Path], ranked: pl.DataFrame, target: Path) -> None:
-    import pyarrow.parquet as pq
-
-    start = 0
-    writer = None
-    for file in files:
-        frame = pl.read_parquet(file)
-        table = frame.hstack(ranked[start : start + frame.height].select("rank", "kept", "reason")).to_arrow()
-        start += frame.height
-        if writer is None:
-            writer = pq.ParquetWriter(target, table.schema, compression="zstd")
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+def _join_fates(rows: Path, ranking: Ranking, target: Path) -> None:
+    """Add rank, kept and reason to the rows; both come in corpus order."""
+    names = pa.array(REASONS, pa.large_string())
+    with TableWriter(target, group_rows=_GROUP_ROWS) as writer:
+        for frame in iter_file(rows, rows=_GROUP_ROWS):
+            ranks, codes = ranking.take(frame.height)
+            writer.write(
+                frame.to_arrow()
+                .append_column("rank", pa.array(ranks, pa.uint32(), mask=ranks == 0))
+                .append_column("kept", pa.array(codes == REASONS.index("kept")))
+                .append_column("reason", names.take(pa.array(codes)))
+            )
 
 
-def _summary(ranked: pl.DataFrame) -> Selection:
-    tokens = ranked["tokens"].cast(pl.Int64)
-    counts = ranked.group_by("reason").len().sort("len", "reason", descending=[True, False])
+def _summary(totals: Totals) -> Selection:
+    counts = {reason: int(totals.rows[code]) for code, reason in enumerate(REASONS) if totals.rows[code]}
+    kept = REASONS.index("kept")
     return Selection(
-        rows=ranked.height,
-        kept=int(ranked["kept"].sum()),
-        tokens=int(tokens.sum()),
-        tokens_kept=int(tokens.filter(ranked["kept"]).sum()),
-        reasons=dict(counts.iter_rows()),
+        rows=int(totals.rows.sum()),
+        kept=int(totals.rows[kept]),
+        tokens=int(totals.tokens.sum()),
+        tokens_kept=int(totals.tokens[kept]),
+        reasons=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
     )
 
 
-def _nothing_kept(ranked: pl.DataFrame, keep: KeepConfig) -> str:
-    best = ranked.filter(pl.col("rank") == 1)
-    if best.is_empty():
-        return f"none of the {ranked.height:,} rows has 2 tokens, so none can be valued"
+def _nothing_kept(totals: Totals, rows: int, keep: KeepConfig) -> str:
+    if totals.best is None:
+        return f"none of the {rows:,} rows has 2 tokens, so none can be valued"
+    value, tokens = totals.best
     return (
-        f"selection.keep {keep.model_dump(exclude_none=True)} keeps none of {ranked.height:,} rows: the best one has "
-        f"value {best['value'][0]:.4g} and {best['tokens'][0]:,} tokens"
+        f"selection.keep {keep.model_dump(exclude_none=True)} keeps none of {rows:,} rows: the best one has "
+        f"value {value:.4g} and {tokens:,} tokens"
     )

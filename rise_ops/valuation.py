@@ -1,115 +1,173 @@
 """Valuation: scores of every row on every target, written part by part.
 
-    runs/<run_id>/scores/part-00000.parquet      block (position), block_id, block_row, doc_id, tokens, chunks,
-                                                 one `score_<target>` a target
+    runs/<run_id>/scores/part-00000.parquet      block (position in the part), block_id, block_row, doc_id, tokens,
+                                                 chunks, one `score_<target>` a target; one row group a block
     runs/<run_id>/scores/extremes-00000.parquet  target, query, side (top | bottom), rank (in this part), block,
-                                                 block_row, score
+                                                 block_row, score; some queries a row group
 
 The queries of a target combine by `aggregate`: `mean` or `max` of their scores, or `rrf`, reciprocal-rank
 fusion: Σ_q 1 / (60 + rank_q(x)) (Cormack, Clarke and Büttcher, SIGIR 2009) over each query's 10,000 best
 rows; a row outside them gets nothing from that query. Ranks need the whole corpus, so with `rrf` the
-parts hold no scores; `fused_scores` merges the extremes afterwards.
+parts hold no scores; `iter_part_scores` merges the extremes first.
 
 A row too short to predict a token (`chunks` 0) has null scores.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
-from rise_ops.corpus import read_block
+from rise_ops.blocks import read_doc_ids
+from rise_ops.memory import EXTREMES, RRF_DEPTH, value_memory
 from rise_ops.progress import Progress, silent
-from rise_ops.scan import BLOCK_SHIFT, Extremes, Float32Array, score_blocks
+from rise_ops.scan import BLOCK_SHIFT, Extremes, Float32Array, score_blocks, smallest
+from rise_ops.spool import spool
 from rise_ops.store import Store
+from rise_ops.tables import TableWriter, iter_table
 from rise_ops.targets import Target
 
 Aggregate = Literal["mean", "max", "rrf"]
-Part = tuple[str, str]
-"""Keys of one part: its scores, its extremes."""
 
+SCORES_FORMAT = 1
 RRF_CONSTANT = 60
-RRF_DEPTH = 10_000
-EXTREMES = 50
-"""Rows kept at either end of each query: enough for the evaluation protocol's largest K."""
 
 _ROW_MASK = (1 << BLOCK_SHIFT) - 1
+_GROUP_ROWS = 2**17
+_EXTREME_COLUMNS = ("target", "query", "side", "rank", "block", "block_row", "score")
+
+_logger = logging.getLogger(__name__)
 
 
-def part_key(run_id: str, part: int) -> str:
-    """Key of a part's scores."""
-    return f"runs/{run_id}/scores/part-{part:05d}.parquet"
+class Part(NamedTuple):
+    """Some consecutive blocks of a corpus that are scored together."""
+
+    scores: str
+    """Key of the scores."""
+    extremes: str
+    """Key of each query's highest and lowest rows."""
+    first_block: int
+    """Position of the first of its blocks in the corpus' order of blocks."""
 
 
-def extremes_key(run_id: str, part: int) -> str:
-    """Key of a part's highest and lowest rows of each query."""
-    return f"runs/{run_id}/scores/extremes-{part:05d}.parquet"
+def part_of(run_id: str, number: int, first_block: int) -> Part:
+    """A run's part by its number."""
+    folder = f"runs/{run_id}/scores"
+    return Part(f"{folder}/part-{number:05d}.parquet", f"{folder}/extremes-{number:05d}.parquet", first_block)
 
 
-def score_part(store: Store, identity: str, block_ids: Sequence[str], *, run_id: str, part: int, first_block: int,
-               targets: Mapping[str, Target], aggregate: Aggregate, k: int = EXTREMES,
+def score_part(store: Store, identity: str, block_ids: Sequence[str], part: Part, *, targets: Mapping[str, Target],
+               aggregate: Aggregate, memory: int, tasks: int = 1, k: int = EXTREMES,
                progress: Progress = silent) -> int:  # fmt: skip
     """Score blocks against all targets in one pass and store the part. Returns the number of rows.
 
     Parameters
     ----------
-    first_block
-        Position of the first of `block_ids` in the corpus' order of blocks.
+    memory
+        Bytes that scoring may take.
+    tasks
+        How many such calls run at the same time; for messages.
     k
         Rows kept at either end of each query.
+
+    Raises
+    ------
+    LimitError
+        So many queries do not fit in `memory`.
+    IntegrityError
+        A block or its signatures are missing or damaged.
     """
-    stacked = np.concatenate([target.signature for target in targets.values()])
+    signatures = [target.signature for target in targets.values()]
+    queries, dim = sum(map(len, signatures)), signatures[0].shape[1]
+    plan = value_memory(memory, queries=queries, dim=dim, aggregate=aggregate, extremes=k, tasks=tasks)
+    _logger.info("%s", plan.plan.text)
+    stacked = signatures[0] if len(signatures) == 1 else np.concatenate(signatures)
     extremes = Extremes(max(k, RRF_DEPTH) if aggregate == "rrf" else k, k_bottom=k)
-    frames = []
-    for block in score_blocks(store, identity, block_ids, stacked, first_block=first_block, extremes=extremes,
-                              progress=progress):  # fmt: skip
-        rows = block.record.rows
-        frame = pl.DataFrame(
-            {
-                "block": np.full(rows, block.position, dtype=np.uint32),
-                "block_id": pl.repeat(block.record.block_id, rows, eager=True),
-                "block_row": np.arange(rows, dtype=np.uint32),
-                "doc_id": read_block(store, block.record.block_id, columns=["doc_id"])["doc_id"],
-                "tokens": block.tokens,
-                "chunks": block.chunks,
-            }
-        )
-        if aggregate != "rrf":
-            frame = frame.with_columns(_aggregate(block.scores, targets, aggregate))
-        frames.append(frame)
-    _write(store, extremes_key(run_id, part), extremes_frame(extremes, targets))
-    _write(store, part_key(run_id, part), pl.concat(frames))
-    return sum(frame.height for frame in frames)
+    rows = 0
+    with spool() as folder:
+        path = Path(folder) / "scores.parquet"
+        with TableWriter(path, format_version=SCORES_FORMAT) as scores:
+            columns: list[dict[str, Any]] = []
+            for piece in score_blocks(store, identity, block_ids, stacked, extremes=extremes, memory=plan.scan,
+                                      progress=progress):  # fmt: skip
+                own = {} if aggregate == "rrf" else _aggregate(piece.scores, targets, aggregate)
+                columns.append({"tokens": piece.tokens, "chunks": piece.chunks, **own})
+                rows += len(piece.scores)
+                if piece.start + len(piece.scores) == piece.record.rows:
+                    scores.write(_block_frame(store, piece.position, piece.record.block_id, columns).to_arrow())
+                    columns = []
+        with TableWriter(other := Path(folder) / "extremes.parquet", format_version=SCORES_FORMAT) as table:
+            for frame in extremes_frames(extremes, targets):
+                table.write(frame.to_arrow())
+        store.create_from_file(part.extremes, other)
+        store.create_from_file(part.scores, path)
+    return rows
 
 
-def extremes_frame(extremes: Extremes, targets: Mapping[str, Target]) -> pl.DataFrame:
-    """The kept rows of all queries as a table: target, query, side, rank, block, block_row, score."""
+def _block_frame(store: Store, position: int, block_id: str, pieces: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """The scores of one block as a table."""
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    rows = len(columns["tokens"])
+    frame = pl.DataFrame(
+        {
+            "block": np.full(rows, position, dtype=np.uint32),
+            "block_id": pl.repeat(block_id, rows, eager=True),
+            "block_row": np.arange(rows, dtype=np.uint32),
+            "doc_id": read_doc_ids(store, block_id),
+            **columns,
+        }
+    )
+    scores = [name for name in columns if name.startswith("score_")]
+    return frame.with_columns(pl.when(pl.col("chunks") > 0).then(pl.col(name)).alias(name) for name in scores)
+
+
+def _aggregate(scores: Float32Array, targets: Mapping[str, Target], aggregate: Aggregate) -> dict[str, Float32Array]:
+    columns = {}
+    start = 0
+    for name, target in targets.items():
+        mine = scores[:, start : start + len(target.queries)]
+        start += len(target.queries)
+        columns[f"score_{name}"] = mine.mean(axis=1) if aggregate == "mean" else mine.max(axis=1)
+    return columns
+
+
+def extremes_frames(extremes: Extremes, targets: Mapping[str, Target]) -> Iterator[pl.DataFrame]:
+    """The kept rows, some queries at a time: target, query, side, rank, block, block_row, score."""
     names = [name for name, target in targets.items() for _ in range(len(target.queries))]
     queries = [query for target in targets.values() for query in range(len(target.queries))]
-    sides = []
-    for side, scores, rows in (
-        ("top", extremes.top, extremes.top_rows),
-        ("bottom", extremes.bottom, extremes.bottom_rows),
-    ):
-        width = scores.shape[1]
-        sides.append(
-            pl.DataFrame(
-                {
-                    "target": pl.Series(names, dtype=pl.String).gather(np.repeat(np.arange(len(names)), width)),
-                    "query": np.repeat(np.asarray(queries, dtype=np.uint32), width),
-                    "side": pl.repeat(side, scores.size, eager=True),
-                    "rank": np.tile(np.arange(1, width + 1, dtype=np.uint32), len(names)),
-                    "block": (rows.ravel() >> BLOCK_SHIFT).astype(np.uint32),
-                    "block_row": (rows.ravel() & _ROW_MASK).astype(np.uint32),
-                    "score": scores.ravel(),
-                }
+    low = extremes.k if extremes.k_bottom is None else extremes.k_bottom
+    step = max(1, _GROUP_ROWS // (extremes.k + low))
+    for start in range(0, len(names), step):
+        part = slice(start, start + step)
+        yield pl.concat(
+            _side_frame(side, names[part], queries[part], scores[part], rows[part])
+            for side, scores, rows in (
+                ("top", extremes.top, extremes.top_rows),
+                ("bottom", extremes.bottom, extremes.bottom_rows),
             )
         )
-    return pl.concat(sides)
+
+
+def _side_frame(side: str, names: Sequence[str], queries: Sequence[int], scores: Float32Array,
+                rows: npt.NDArray[np.int64]) -> pl.DataFrame:  # fmt: skip
+    width = scores.shape[1]
+    return pl.DataFrame(
+        {
+            "target": pl.Series(names, dtype=pl.String).gather(np.repeat(np.arange(len(names)), width)),
+            "query": np.repeat(np.asarray(queries, dtype=np.uint32), width),
+            "side": pl.repeat(side, scores.size, eager=True),
+            "rank": np.tile(np.arange(1, width + 1, dtype=np.uint32), len(names)),
+            "block": (rows.ravel() >> BLOCK_SHIFT).astype(np.uint32),
+            "block_row": (rows.ravel() & _ROW_MASK).astype(np.uint32),
+            "score": scores.ravel(),
+        }
+    )
 
 
 def merge_extremes(parts: pl.LazyFrame, *, k: int) -> pl.DataFrame:
@@ -122,39 +180,128 @@ def merge_extremes(parts: pl.LazyFrame, *, k: int) -> pl.DataFrame:
         .with_columns(rank=pl.int_range(1, pl.len() + 1, dtype=pl.UInt32).over("target", "query", "side"))
         .filter(pl.col("rank") <= k)
         .drop("order")
-        .collect(engine="streaming")
+        .collect()
     )
 
 
-def fused_scores(parts: Iterable[pl.LazyFrame], targets: Sequence[str]) -> pl.DataFrame:
-    """Reciprocal-rank fusion of the extremes: block, block_row and one `score_<target>` a target.
+def read_extremes(store: Store, parts: Iterable[Part], *, k: int, where: pl.Expr | None = None) -> pl.DataFrame:
+    """`merge_extremes` of stored parts, of the rows that `where` names; `block` is the position in the corpus.
 
-    Parts are taken in one after the other, so that memory does not grow with their number.
+    Parts are merged as they are read, so that memory does not grow with their number.
     """
-    tops = (part.filter(pl.col("side") == "top") for part in parts)
-    ranked = merge_extremes(next(tops), k=RRF_DEPTH)
-    for top in tops:
-        ranked = merge_extremes(pl.concat([ranked.lazy(), top]), k=RRF_DEPTH)
-    share = 1.0 / (RRF_CONSTANT + pl.col("rank"))
-    # in the order of queries: sums of floats are then the same whatever the parts were
-    return ranked.group_by("block", "block_row", maintain_order=True).agg(
-        share.filter(pl.col("target") == name).sum().cast(pl.Float32).alias(f"score_{name}") for name in targets
-    )
+    merged: list[pl.DataFrame] = []
+    held = limit = 0
+    wanted = pl.col("rank") <= k if where is None else (pl.col("rank") <= k) & where
+    for part in parts:
+        for frame in _iter_extremes(store, part, where=wanted):
+            merged.append(frame)
+            held += frame.height
+            if held > limit + _GROUP_ROWS:
+                merged = [merge_extremes(pl.concat(merged).lazy(), k=k)]
+                held = limit = merged[0].height
+    return merge_extremes(pl.concat(merged).lazy(), k=k)
 
 
-def _aggregate(scores: Float32Array, targets: Mapping[str, Target], aggregate: Aggregate) -> list[pl.Expr]:
-    columns = []
-    start = 0
-    for name, target in targets.items():
-        mine = scores[:, start : start + len(target.queries)]
-        start += len(target.queries)
-        combined = mine.mean(axis=1) if aggregate == "mean" else mine.max(axis=1)
-        column = pl.lit(pl.Series(combined))
-        columns.append(pl.when(pl.col("chunks") > 0).then(column).alias(f"score_{name}"))
-    return columns
+def _iter_extremes(store: Store, part: Part, *, where: pl.Expr) -> Iterator[pl.DataFrame]:
+    """A part's extremes, a row group at a time."""
+    place = pl.col("block") + pl.lit(part.first_block, pl.UInt32)
+    for frame in iter_table(store, part.extremes, columns=_EXTREME_COLUMNS, rows=_GROUP_ROWS, known=SCORES_FORMAT):
+        yield frame.filter(where).with_columns(block=place)
 
 
-def _write(store: Store, key: str, frame: pl.DataFrame) -> None:
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    store.create(key, buffer.getvalue())
+def count_queries(store: Store, parts: Sequence[Part]) -> int:
+    """Queries of all targets; 0 where no row was scored."""
+    for part in parts:
+        first = list(_iter_extremes(store, part, where=(pl.col("rank") == 1) & (pl.col("side") == "top")))
+        if count := sum(frame.height for frame in first):
+            return count
+    return 0
+
+
+def iter_part_scores(store: Store, parts: Sequence[Part], targets: Sequence[str], aggregate: Aggregate, *,
+                     rows: int) -> Iterator[pl.DataFrame]:  # fmt: skip
+    """All rows with their scores, in the order of the parts, at most about `rows` at a time.
+
+    Columns: block (position in the corpus), block_id, block_row, doc_id, tokens, chunks and the scores.
+    """
+    scores = [f"score_{name}" for name in targets]
+    columns = ["block", "block_id", "block_row", "doc_id", "tokens", "chunks"]
+    fusion = _Fusion(store, parts, targets) if aggregate == "rrf" else None
+    for part in parts:
+        wanted = columns if fusion else [*columns, *scores]
+        for frame in _gathered(iter_table(store, part.scores, columns=wanted, rows=rows, known=SCORES_FORMAT), rows):
+            placed = frame.with_columns(pl.col("block") + pl.lit(part.first_block, pl.UInt32))
+            yield placed if fusion is None else fusion.join(placed, scores)
+
+
+def _gathered(frames: Iterator[pl.DataFrame], rows: int) -> Iterator[pl.DataFrame]:
+    """Consecutive frames together, while they have at most `rows` rows."""
+    held: list[pl.DataFrame] = []
+    for frame in frames:
+        if held and sum(each.height for each in held) + frame.height > rows:
+            yield pl.concat(held)
+            held = []
+        held.append(frame)
+    if held:
+        yield pl.concat(held)
+
+
+class _Fusion:
+    """Reciprocal-rank fusion: which rows each query names among its best, by place.
+
+    Parameters
+    ----------
+    store, parts
+        The scored parts, in order. They are merged one after the other.
+    targets
+        Names of the targets.
+    """
+
+    def __init__(self, store: Store, parts: Sequence[Part], targets: Sequence[str]) -> None:
+        self._targets = targets
+        kept: dict[tuple[str, int], tuple[Float32Array, npt.NDArray[np.int64]]] = {}
+        for part in parts:
+            for frame in _iter_extremes(store, part, where=pl.col("side") == "top"):
+                if frame.height:
+                    self._merge(kept, frame)
+        # in the order of queries: sums of floats are then the same whatever the parts were
+        queries = sorted(kept)
+        self._names = [name for name, _ in queries]
+        ordinals = np.concatenate([kept.pop(query)[1] for query in queries]) if queries else np.empty(0, np.int64)
+        self._width = max(1, len(ordinals) // max(1, len(queries)))
+        self._order = np.argsort(ordinals, kind="stable")
+        self._ordinals = ordinals[self._order]
+
+    @staticmethod
+    def _merge(kept: dict[tuple[str, int], tuple[Float32Array, npt.NDArray[np.int64]]], frame: pl.DataFrame) -> None:
+        for (target, query), mine in frame.group_by("target", "query", maintain_order=True):
+            nothing = np.empty(0, np.float32), np.empty(0, np.int64)
+            scores, rows = kept.get((str(target), int(query)), nothing)  # type: ignore[call-overload]
+            ordinals = (mine["block"].cast(pl.Int64).to_numpy() << BLOCK_SHIFT) + mine["block_row"].to_numpy()
+            best, best_rows = smallest(
+                RRF_DEPTH, scores[None], rows[None], mine["score"].to_numpy()[None], ordinals[None], sign=-1
+            )
+            kept[str(target), int(query)] = best[0], best_rows[0]  # type: ignore[call-overload]
+
+    def join(self, frame: pl.DataFrame, scores: Sequence[str]) -> pl.DataFrame:
+        """Add the fused scores of all targets."""
+        first, last = int(frame["block"][0]) << BLOCK_SHIFT, (int(frame["block"][-1]) + 1) << BLOCK_SHIFT
+        start, stop = np.searchsorted(self._ordinals, [first, last])
+        ordinals, order = self._ordinals[start:stop], self._order[start:stop]
+        named = pl.DataFrame(
+            {
+                "block": (ordinals >> BLOCK_SHIFT).astype(np.uint32),
+                "block_row": (ordinals & _ROW_MASK).astype(np.uint32),
+                "query": (order // self._width).astype(np.uint32),
+                "rank": (order % self._width + 1).astype(np.uint32),
+            }
+        )
+        mine = {name: [place for place, each in enumerate(self._names) if each == name] for name in self._targets}
+        share = 1.0 / (RRF_CONSTANT + pl.col("rank"))
+        fused = named.group_by("block", "block_row", maintain_order=True).agg(
+            share.filter(pl.col("query").is_in(mine[name])).sum().cast(pl.Float32).alias(f"score_{name}")
+            for name in self._targets
+        )
+        return frame.join(fused, on=["block", "block_row"], how="left", maintain_order="left").with_columns(
+            pl.when(pl.col("chunks") > 0).then(pl.col(name).fill_null(0.0)).alias(name) for name in scores
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
@@ -10,6 +11,7 @@ from rise_ops.evaluation import evaluate_run
 from rise_ops.examples import write_examples
 from rise_ops.export import export_rows
 from rise_ops.store import Store
+from rise_ops.valuation import Part
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
 
@@ -25,6 +27,7 @@ def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: st
         name=config.export_name,
         config=config.export,
         lineage=lineage,
+        memory=int(config.limits.memory),
         progress=stage_progress("export", rows),
     )
     folder = f"exports/{published.label}"
@@ -38,12 +41,12 @@ def evaluate_targets(
     version: int,
     blocks: list[str],
     targets: dict[str, str],
-    parts: list[list[str]],
+    parts: list[Any],
 ) -> Json:
     """The evaluation protocol for every target whose queries carry a label that the corpus has too."""
     store = Store(store_uri)
     corpus = read_version(store, config.corpus.name, version)
-    return {"evaluation": evaluate_run(store, corpus, blocks, targets, [extremes for _, extremes in parts])}
+    return {"evaluation": evaluate_run(store, corpus, blocks, targets, [Part(*part) for part in parts])}
 
 
 @stage("examples")
@@ -53,7 +56,7 @@ def collect_examples(
     version: int,
     blocks: list[str],
     targets: dict[str, str],
-    parts: list[list[str]],
+    parts: list[Any],
     run_id: str,
     evaluation: Json | None,
 ) -> Json:
@@ -65,7 +68,7 @@ def collect_examples(
         blocks,
         run_id=run_id,
         targets=targets,
-        extremes=[extremes for _, extremes in parts],
+        parts=[Part(*part) for part in parts],
         evaluation=evaluation,
     )
     return {"outputs": [key]}

@@ -7,17 +7,18 @@ from typing import Any
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
+from rise_ops.memory import task_limits
 from rise_ops.selection import decide, decisions_key
 from rise_ops.session import open_target
 from rise_ops.store import Store
 from rise_ops.targets import read_target
-from rise_ops.valuation import extremes_key, part_key, score_part
+from rise_ops.valuation import Part, part_of, score_part
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
 
 
 def _identity(call: Any) -> Any:
-    return [call["index_id"], call["targets"], call["aggregate"], call["first_block"], call["blocks"]]
+    return [call["index_id"], call["targets"], call["config"].aggregate, call["blocks"]]
 
 
 @stage("target")
@@ -32,13 +33,12 @@ def sign_queries(store_uri: str, config: CurationConfig, index_id: str, name: st
     }
 
 
-@stage("value", key=_identity)
+@stage("value", key=_identity, version=2)
 def value_blocks(
     store_uri: str,
+    config: CurationConfig,
     index_id: str,
     targets: dict[str, str],
-    aggregate: str,
-    first_block: int,
     blocks: list[str],
     run_id: str,
     part: int,
@@ -46,29 +46,30 @@ def value_blocks(
 ) -> Json:
     """Score a batch of blocks against all targets."""
     store = Store(store_uri)
+    place = part_of(run_id, part, 0)
     scored = score_part(
         store,
         index_id,
         blocks,
-        run_id=run_id,
-        part=part,
-        first_block=first_block,
+        place,
         targets={name: read_target(store, target) for name, target in targets.items()},
-        aggregate=aggregate,  # type: ignore[arg-type]
+        aggregate=config.aggregate,
+        memory=int(task_limits(config).memory),
+        tasks=config.runner.workers,
         progress=stage_progress("value", rows),
     )
-    return {"rows": scored, "outputs": [part_key(run_id, part), extremes_key(run_id, part)]}
+    return {"rows": scored, "outputs": [place.scores, place.extremes]}
 
 
 @stage("select")
-def select_rows(store_uri: str, config: CurationConfig, version: int, parts: list[list[str]], run_id: str) -> Json:
+def select_rows(store_uri: str, config: CurationConfig, version: int, parts: list[Any], run_id: str) -> Json:
     """Rank the rows and decide which are kept."""
     store = Store(store_uri)
     selection = decide(
         store,
         read_version(store, config.corpus.name, version),
         run_id=run_id,
-        parts=[(scores, extremes) for scores, extremes in parts],
+        parts=[Part(*part) for part in parts],
         weights=config.weights,
         targets=list(config.targets),
         aggregate=config.aggregate,

@@ -20,7 +20,7 @@ from rise_ops.session import block_rows
 from rise_ops.signatures import RowSignatures
 from rise_ops.store import Store
 from rise_ops.targets import FORMAT_VERSION, Target
-from rise_ops.valuation import Aggregate, Part, extremes_key, part_key, score_part
+from rise_ops.valuation import Aggregate, Part, part_of, score_part
 from tests.corpora import corpus_of, ingest_all, write_as
 
 INDEX = "1" * 64
@@ -115,17 +115,10 @@ def score_parts(indexed: Indexed, targets: Mapping[str, Target], *, aggregate: A
     """Score all blocks, `size` of them a part."""
     parts = []
     for number, first in enumerate(range(0, len(indexed.blocks), size)):
-        score_part(
-            indexed.store,
-            INDEX,
-            indexed.blocks[first : first + size],
-            run_id=run_id,
-            part=number,
-            first_block=first,
-            targets=targets,
-            aggregate=aggregate,
-        )
-        parts.append((part_key(run_id, number), extremes_key(run_id, number)))
+        part = part_of(run_id, number, first)
+        blocks = indexed.blocks[first : first + size]
+        score_part(indexed.store, INDEX, blocks, part, targets=targets, aggregate=aggregate, memory=2**30)
+        parts.append(part)
     return parts
 
 

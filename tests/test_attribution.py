@@ -101,7 +101,7 @@ def test_examples_of_a_run(tmp_path: Path, rows: int) -> None:
     )  # fmt: skip
     key = write_examples(
         store, indexed.version, indexed.blocks, run_id="run", targets={"good": name},
-        extremes=[extremes for _, extremes in parts], evaluation=None,
+        parts=parts, evaluation=None,
     )  # fmt: skip
     assert key == examples_key("run")
     found = store.get_json(key)

@@ -43,7 +43,8 @@ def _export(indexed: Indexed, *, run_id: str = "run", keep: Mapping[str, Any] | 
         aggregate="mean", keep=KeepConfig(**(keep or {})), memory=2**30,
     )  # fmt: skip
     return export_rows(
-        indexed.store, indexed.version, run_id=run_id, name="out", config=ExportConfig(**config), lineage=LINEAGE
+        indexed.store, indexed.version, run_id=run_id, name="out", config=ExportConfig(**config), lineage=LINEAGE,
+        memory=2**30,
     )
 
 

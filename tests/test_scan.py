@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 from rise_ops import index
 from rise_ops.errors import IntegrityError
 from rise_ops.index import write_block
-from rise_ops.scan import BLOCK_SHIFT, TILE_ROWS, Extremes, iter_scores, score_blocks
+from rise_ops.memory import TILE_ROWS, ScanMemory
+from rise_ops.scan import BLOCK_SHIFT, Extremes, iter_scores, score_blocks
 from rise_ops.store import Store
 from tests.indexed import INDEX, signed, unit
 
@@ -44,11 +45,12 @@ def test_scores_equal_brute_force(
         for number, signatures in enumerate(written)
     ]
     wanted = unit(queries, dim, seed=99)
-    found = list(iter_scores(store, INDEX, records, wanted))
-    assert len(found) == len(sizes)
-    for scores, signatures in zip(found, written, strict=True):
-        assert scores.dtype == np.float32
-        np.testing.assert_allclose(scores, signatures.signature.astype(np.float64) @ wanted.T, atol=2e-6)
+    for memory in (ScanMemory(1, TILE_ROWS), ScanMemory(2, 2 * TILE_ROWS), ScanMemory(3, 8 * TILE_ROWS)):
+        found = [np.full((rows, queries), np.nan, np.float32) for rows in sizes]
+        for number, start, scores in iter_scores(store, INDEX, records, wanted, memory=memory):
+            found[number][start : start + len(scores)] = scores
+        for scores, signatures in zip(found, written, strict=True):
+            np.testing.assert_allclose(scores, signatures.signature.astype(np.float64) @ wanted.T, atol=2e-6)
 
 
 def test_blocks_come_with_their_counts_and_places(store: Store) -> None:
@@ -59,16 +61,16 @@ def test_blocks_come_with_their_counts_and_places(store: Store) -> None:
     extremes = Extremes(100)
     blocks = list(
         score_blocks(
-            store, INDEX, [f"{1:064x}", f"{0:064x}"], unit(2), first_block=7, extremes=extremes,
+            store, INDEX, [f"{1:064x}", f"{0:064x}"], unit(2), extremes=extremes,
             progress=lambda done, _: seen.append(done),
         )
     )  # fmt: skip
-    assert [(block.position, block.record.rows) for block in blocks] == [(7, 9), (8, 5)]
+    assert [(block.position, block.record.rows) for block in blocks] == [(0, 9), (1, 5)]
     assert seen == [9, 14]
     assert blocks[0].chunks.tolist() == [1, 0] + 7 * [1]
     assert extremes.top.shape == (2, 12)  # rows without a signature are not among them
     assert {int(row) & 0xFFFFFFFF for row in extremes.top_rows.ravel()} == {0, 2, 3, 4, 5, 6, 7, 8}
-    assert {int(row) >> BLOCK_SHIFT for row in extremes.top_rows.ravel()} == {7, 8}
+    assert {int(row) >> BLOCK_SHIFT for row in extremes.top_rows.ravel()} == {0, 1}
 
 
 def test_a_damaged_chunk_stops_the_scan(store: Store) -> None:

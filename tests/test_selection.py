@@ -169,7 +169,7 @@ def test_no_row_with_a_prediction(tmp_path: Path) -> None:
 
 
 def test_memory_is_checked_first(indexed: Indexed) -> None:
-    with pytest.raises(LimitError, match=r"1,302 rows .* limits\.memory"):
+    with pytest.raises(LimitError, match=r"select needs \d+ MiB .* limits\.memory"):
         _decide(indexed, "memory", {}, memory=1000)
 
 

@@ -13,7 +13,7 @@ from rise_ops import valuation
 from rise_ops.config import KeepConfig
 from rise_ops.selection import decide, decisions_key
 from rise_ops.store import Store
-from rise_ops.valuation import Aggregate, extremes_key, merge_extremes
+from rise_ops.valuation import Aggregate, read_extremes
 from tests.corpora import make_rows
 from tests.indexed import Indexed, index_rows, make_target, score_parts
 
@@ -109,7 +109,7 @@ def test_fusion_ignores_rows_beyond_its_depth(indexed: Indexed, monkeypatch: pyt
 def test_extremes_of_all_parts_merge(indexed: Indexed, size: int) -> None:
     run_id = f"extremes-{size}"
     parts = score_parts(indexed, TARGETS, run_id=run_id, size=size)
-    merged = merge_extremes(indexed.store.scan_parquet([extremes_key(run_id, part) for part in range(len(parts))]), k=7)
+    merged = read_extremes(indexed.store, parts, k=7)
     rows = indexed.rows
     for name, target in TARGETS.items():
         scores = indexed.matrix @ target.signature.T

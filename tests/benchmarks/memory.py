@@ -1,10 +1,13 @@
-"""Peak memory of ingestion, valuation, selection and export on a corpus and on one 20 times larger.
+"""Peak memory of every stage against `limits.memory`, on a corpus and on one some times larger.
 
-    python -m tests.benchmarks.memory [--rows 5000] [--factor 20] [--dim 24576] [--folder DIR]
+    python -m tests.benchmarks.memory [--rows 5000] [--factor 20] [--dim 24576] [--memory 1GiB] [--folder DIR]
+                                      [--stages ingest value select export]
 
-Every stage runs in a process of its own, on rows of random words with random unit signatures (valuation
-does not care where they come from). Prints one Markdown table: seconds and peak resident memory per stage
-and size, and the ratio. Signatures take rows · dim · 2 bytes of disk: 4.9 GB for the defaults.
+Every stage runs in a process of its own, on rows of random words; valuation on random unit signatures (it does
+not care where they come from), sketching, which is left out unless asked for, with the model of the demonstration.
+Prints one Markdown table: seconds and the peak of resident memory beyond what the libraries and the model take,
+per stage and size, and what the stage's plan allows. Signatures take rows · dim · 2 bytes of disk: 4.9 GB for the
+defaults, and as much again with sketching.
 """
 
 from __future__ import annotations
@@ -13,163 +16,279 @@ import argparse
 import json
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import ByteSize, TypeAdapter
 
-from rise_ops.config import CurationConfig, ExportConfig, KeepConfig, parse_config
+from rise_ops.config import CurationConfig, KeepConfig, parse_config
+from rise_ops.demo.corpus import MODEL_FOLDER
+from rise_ops.memory import MIB, stage_memory
 from rise_ops.store import Store
 
-STAGES = ("ingest", "fill", "value", "select", "export")
+STAGES = ("ingest", "sketch", "value", "select", "export")
+INDEX = "benchmark"
 QUERIES = 100
-_INDEX = "benchmark"
+_SKETCH = {"dim_r": 128, "dim_h": 64, "dim_g": 64}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a stage is measured on."""
+
+    folder: str
+    """With `pool.jsonl` and, after ingestion, `store`."""
+    memory: int
+    """`limits.memory` in bytes."""
+    dim: int
+    """Of the random signatures; for `rank`, the number of rows."""
+    sketch: dict[str, int]
+    """Widths of the sketch that is computed."""
+    queries: int = QUERIES
+    aggregate: str = "mean"
+
+    @property
+    def config(self) -> CurationConfig:
+        """The same as a configuration."""
+        folder = Path(self.folder)
+        return parse_config(
+            {
+                "store": str(folder / "store"),
+                "corpus": {"name": "pool", "sources": [str(folder / "pool.*")]},
+                "model": {"name": str(MODEL_FOLDER), "device": "cpu"},
+                "sketch": self.sketch,
+                "targets": {"good": {"queries": "unused"}},
+                "aggregate": self.aggregate,
+                "selection": {"keep": {"fraction": 0.5}},
+                "limits": {"memory": self.memory},
+            },
+            base=folder,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a stage took."""
+
+    seconds: float
+    base: int
+    """Resident bytes before it began: libraries and model."""
+    peak: int
+    """Bytes that it took beyond these, at most."""
 
 
 def main() -> None:
     """Run every stage at both sizes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=5_000)
+    parser.add_argument("--words", type=int, default=60)
     parser.add_argument("--factor", type=int, default=20)
     parser.add_argument("--dim", type=int, default=24_576)
+    parser.add_argument("--memory", type=TypeAdapter(ByteSize).validate_python, default=2**30)
+    parser.add_argument("--aggregate", default="mean")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[name for name in STAGES if name != "sketch"])
+    parser.add_argument("--stage", choices=("fill", "rank", *STAGES))
+    parser.add_argument("--setting")
     options = parser.parse_args()
     if options.stage:
-        _run_stage(options.stage, options.folder, options.dim)
+        measured = _run_stage(options.stage, Setting(**json.loads(options.setting)))
+        sys.stdout.write(json.dumps(asdict(measured)) + "\n")
         return
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        sizes = (options.rows, options.rows * options.factor)
-        found = {rows: _measure(Path(folder) / str(rows), rows, options.dim) for rows in sizes}
-    small, large = sizes
-    sys.stdout.write(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}\n\n")
-    sys.stdout.write(f"| stage | {small:,} rows | {large:,} rows | memory ratio |\n|---|---|---|---|\n")
-    for stage in STAGES:
-        if stage == "fill":
-            continue
-        cells = [f"{found[rows][stage][0]:.1f} s, {found[rows][stage][1]:,.0f} MiB" for rows in sizes]
-        ratio = found[large][stage][1] / found[small][stage][1]
-        sys.stdout.write(f"| {stage} | {cells[0]} | {cells[1]} | {ratio:.2f} |\n")
-
-
-def _measure(folder: Path, rows: int, dim: int) -> dict[str, tuple[float, float]]:
-    """Seconds and peak MiB of each stage."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    words = np.array([f"word{number}" for number in range(5_000)])
-    with (folder / "pool.jsonl").open("w", encoding="utf-8") as file:
-        for row in range(rows):
-            file.write(json.dumps({"id": row, "text": " ".join(generator.choice(words, 60)), "label": "x"}) + "\n")
+    sizes = (options.rows, options.rows * options.factor)
     found = {}
-    for stage in STAGES:
-        command = [sys.executable, "-m", __spec__.name, "--stage", stage, "--folder", str(folder), "--dim", str(dim)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds, peak = json.loads(done.stdout.splitlines()[-1])
-        found[stage] = (seconds, peak)
-    return found
+    for rows in sizes:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            write_pool(Path(folder) / "pool.jsonl", rows, words=options.words)
+            setting = Setting(folder, int(options.memory), options.dim, _SKETCH, aggregate=options.aggregate)
+            stages = [
+                stage for stage in ("ingest", "sketch", "fill", *STAGES[2:]) if stage in ("fill", *options.stages)
+            ]
+            found[rows] = {stage: measure(stage, setting) for stage in stages}
+    plans = stage_memory(setting.config, rows=sizes[1], queries=QUERIES)
+    sys.stdout.write(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}\n\n")
+    sys.stdout.write(f"| stage | {sizes[0]:,} rows | {sizes[1]:,} rows | planned | limit |\n|---|---|---|---|---|\n")
+    for stage in options.stages:
+        cells = [f"{each.seconds:.1f} s, {each.peak / MIB:,.0f} MiB" for each in (found[rows][stage] for rows in sizes)]
+        planned = f"{plans[stage].bytes / MIB:,.0f} MiB | {setting.memory / MIB:,.0f} MiB"
+        sys.stdout.write(f"| {stage} | {' | '.join(cells)} | {planned} |\n")
 
 
-def _run_stage(stage: str, folder: Path, dim: int) -> None:
-    config = parse_config(
-        {
-            "store": str(folder / "store"),
-            "corpus": {"name": "pool", "sources": [str(folder / "pool.jsonl")]},
-            "model": {"name": "unused"},
-            "targets": {"good": {"queries": "unused"}},
-            "limits": {"memory": "1GiB"},
-        },
-        base=folder,
-    )
-    stages: dict[str, Callable[[Store, CurationConfig, int], None]] = {
+def write_pool(path: Path, rows: int, *, words: int, seed: int = 0) -> None:
+    """Rows of random words as JSON lines."""
+    generator = np.random.default_rng(seed)
+    vocabulary = np.array([f"word{number}" for number in range(5_000)])
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, rows, 1_000):
+            for row, chosen in enumerate(generator.choice(vocabulary, (min(1_000, rows - start), words)), start):
+                file.write(f'{{"id": {row}, "text": "{row} {" ".join(chosen)}", "label": "x"}}\n')
+
+
+def measure(stage: str, setting: Setting) -> Measured:
+    """Run a stage in a process of its own.
+
+    Raises
+    ------
+    subprocess.CalledProcessError
+        It failed.
+    """
+    command = [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name, "--stage", stage]
+    done = subprocess.run([*command, "--setting", json.dumps(asdict(setting))], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"stage {stage} failed:\n{done.stderr}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def resident(name: str) -> int:
+    """A figure of /proc/self/status in bytes: VmRSS, or VmHWM, its peak."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def _run_stage(stage: str, setting: Setting) -> Measured:
+    import pyarrow.parquet  # noqa: F401
+    import zarr  # noqa: F401
+
+    from rise_ops import evaluation, export, indexing, ingest, selection, valuation  # noqa: F401
+
+    prepare: dict[str, Callable[[Store, Setting], Callable[[], Any]]] = {
         "ingest": _ingest,
+        "sketch": _sketch,
         "fill": _fill,
         "value": _value,
         "select": _select,
         "export": _export,
+        "rank": _rank,
     }
-    started = time.perf_counter()
-    stages[stage](Store(config.store), config, dim)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    sys.stdout.write(json.dumps([time.perf_counter() - started, peak]) + "\n")
+    work = prepare[stage](Store(setting.config.store), setting)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    base, started = resident("VmRSS"), time.perf_counter()
+    work()
+    return Measured(time.perf_counter() - started, base, resident("VmHWM") - base)
 
 
-def _ingest(store: Store, config: CurationConfig, _: int) -> None:
+def _ingest(store: Store, setting: Setting) -> Callable[[], Any]:
     from rise_ops.ingest import ingest_corpus
 
-    ingest_corpus(store, config, run_id="benchmark")
+    return lambda: ingest_corpus(store, setting.config, run_id="benchmark")
 
 
-def _blocks(store: Store, config: CurationConfig) -> dict[str, int]:
+def _blocks(store: Store, setting: Setting) -> dict[str, int]:
     from rise_ops.session import block_rows, open_corpus
 
-    return block_rows(store, open_corpus(store, config))
+    return block_rows(store, open_corpus(store, setting.config))
 
 
-def _fill(store: Store, config: CurationConfig, dim: int) -> None:
+def _sketch(store: Store, setting: Setting) -> Callable[[], Any]:
+    from rise_ops.index import prepare_index
+    from rise_ops.indexing import sketch_blocks
+    from rise_ops.session import open_signer
+
+    signer = open_signer(store, setting.config)
+    identity = prepare_index(store, signer, model=setting.config.model)
+    blocks = list(_blocks(store, setting))
+    return lambda: sketch_blocks(store, identity, blocks, dim=signer.sketch.dim, signer=lambda: signer)
+
+
+def _fill(store: Store, setting: Setting) -> Callable[[], Any]:
     """Random unit signatures for every block."""
     from rise_ops.index import write_block
     from rise_ops.signatures import RowSignatures
 
     generator = np.random.default_rng(1)
-    for block, rows in _blocks(store, config).items():
-        signature = generator.standard_normal((rows, dim), dtype=np.float32)
-        signature /= np.linalg.norm(signature, axis=1, keepdims=True)
-        ones = np.ones(rows, dtype=np.int32)
-        signatures = RowSignatures(signature.astype(np.float16), 60 * ones, ones)
-        write_block(store, _INDEX, block, signatures, seconds=0.0, producer={})
+
+    def fill() -> None:
+        for block, rows in _blocks(store, setting).items():
+            signature = generator.standard_normal((rows, setting.dim), dtype=np.float32)
+            signature /= np.linalg.norm(signature, axis=1, keepdims=True)
+            ones = np.ones(rows, dtype=np.int32)
+            signatures = RowSignatures(signature.astype(np.float16), 60 * ones, ones)
+            write_block(store, INDEX, block, signatures, seconds=0.0, producer={})
+
+    return fill
 
 
-def _value(store: Store, config: CurationConfig, dim: int) -> None:
-    from rise_ops.batches import split
+def _value(store: Store, setting: Setting) -> Callable[[], Any]:
     from rise_ops.targets import Target
     from rise_ops.valuation import score_part
 
-    queries = np.random.default_rng(2).standard_normal((QUERIES, dim), dtype=np.float32)
+    queries = np.random.default_rng(2).standard_normal((setting.queries, setting.dim), dtype=np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    target = Target("benchmark", pl.DataFrame({"doc_id": [str(number) for number in range(QUERIES)]}), queries)
-    rows_of = _blocks(store, config)
-    first = 0
-    for part, blocks in enumerate(split(list(rows_of), list(rows_of.values()), target=4 * 2_048)):
-        score_part(
-            store,
-            _INDEX,
-            blocks,
-            run_id="benchmark",
-            part=part,
-            first_block=first,
-            targets={"good": target},
-            aggregate="mean",
-        )
+    names = pl.DataFrame({"doc_id": [str(number) for number in range(setting.queries)]})
+    targets = {"good": Target("benchmark", names, queries)}
+
+    def value() -> None:
+        for part, blocks in _parts(store, setting):
+            score_part(store, INDEX, blocks, part, targets=targets, aggregate=setting.config.aggregate,
+                       memory=setting.memory)  # fmt: skip
+
+    return value
+
+
+def _parts(store: Store, setting: Setting) -> list[tuple[Any, list[str]]]:
+    from rise_ops.batches import split
+    from rise_ops.valuation import part_of
+
+    rows_of = _blocks(store, setting)
+    parts, first = [], 0
+    for number, blocks in enumerate(split(list(rows_of), list(rows_of.values()), target=4 * 2_048)):
+        parts.append((part_of("benchmark", number, first), blocks))
         first += len(blocks)
+    return parts
 
 
-def _select(store: Store, config: CurationConfig, _: int) -> None:
+def _select(store: Store, setting: Setting) -> Callable[[], Any]:
     from rise_ops.selection import decide
     from rise_ops.session import open_corpus
 
-    keys = sorted(key for key, _ in store.list("runs/benchmark/scores"))
-    scores = [key for key in keys if "/part-" in key]
-    parts = [(key, key.replace("/part-", "/extremes-")) for key in scores]
-    decide(
+    config = setting.config
+    return lambda: decide(
         store,
         open_corpus(store, config),
         run_id="benchmark",
-        parts=parts,
+        parts=[part for part, _ in _parts(store, setting)],
         weights={"good": 1.0},
         targets=["good"],
-        aggregate="mean",
-        keep=KeepConfig(fraction=0.5),
-        memory=2**30,
+        aggregate=config.aggregate,
+        keep=config.selection.keep,
+        memory=setting.memory,
     )
 
 
-def _export(store: Store, config: CurationConfig, _: int) -> None:
+def _rank(_: Store, setting: Setting) -> Callable[[], Any]:
+    """The sort of selection alone, on random keys."""
+    from rise_ops.memory import select_memory
+    from rise_ops.ranking import Ranking
+    from rise_ops.selection import fate_rules
+
+    rows = setting.dim
+    plan = select_memory(setting.memory, rows=rows, queries=0, aggregate="mean")
+    generator = np.random.default_rng(0)
+
+    def rank() -> None:
+        ranking = Ranking(Path(setting.folder), capacity=plan.sort_rows)
+        for start in range(0, rows, 8_192):
+            count = min(8_192, rows - start)
+            values = generator.standard_normal(count, dtype=np.float32)
+            ties = generator.integers(0, 2**63, count).astype(np.uint64)
+            ranking.add(values, np.ones(count, np.bool_), ties, np.ones(count, np.int32))
+        ranking.rank(fate_rules(KeepConfig(fraction=0.5), rows))
+        for start in range(0, rows, 8_192):
+            ranking.take(min(8_192, rows - start))
+
+    return rank
+
+
+def _export(store: Store, setting: Setting) -> Callable[[], Any]:
     from rise_ops.export import export_rows
     from rise_ops.session import open_corpus
 
@@ -177,13 +296,21 @@ def _export(store: Store, config: CurationConfig, _: int) -> None:
         "identity": [],
         "corpus": {"name": "pool", "version": 1, "snapshot_id": ""},
         "model": {"name": "unused", "fingerprint": ""},
-        "index_id": _INDEX,
+        "index_id": INDEX,
         "weights": {"good": 1.0},
         "aggregate": "mean",
         "keep": {"fraction": 0.5},
     }
-    version = open_corpus(store, config)
-    export_rows(store, version, run_id="benchmark", name="pool", config=ExportConfig(), lineage=lineage)
+    config = setting.config
+    return lambda: export_rows(
+        store,
+        open_corpus(store, config),
+        run_id="benchmark",
+        name="pool",
+        config=config.export,
+        lineage=lineage,
+        memory=setting.memory,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,248 @@
+"""How `limits.memory` is spent: one plan a stage, made before the stage works.
+
+A plan says how much a stage holds at a time and what that takes at most, beside the libraries' own resident
+memory and, where a stage computes signatures, the model's weights. `limits.memory` is for a whole stage: where
+`runner.workers` tasks of it run at the same time, each gets its part. A stage that cannot work within its part is
+refused before it begins.
+
+Plans know the configuration, not the corpus: a larger corpus takes longer and more disk, not more memory. (What is
+kept for each source object and each block, some hundred bytes, is not planned for.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rise_ops.blocks import MAX_BYTES, MAX_ROWS
+from rise_ops.config import CurationConfig, LimitsConfig
+from rise_ops.errors import LimitError
+
+MIB = 2**20
+TILE_ROWS = 128
+"""Rows widened and multiplied at a time: fewer cost threads that wait for each other, more leave the cache."""
+RRF_DEPTH = 10_000
+"""Best rows of each query that reciprocal-rank fusion looks at."""
+RANK_BYTES = 160
+"""Peak bytes of a row while it is ranked; measured 130."""
+EXTREMES = 50
+"""Rows kept at either end of each query: enough for the evaluation protocol's largest K."""
+UPLOAD_BYTES = 64 * MIB
+"""Largest object that is written in one request, from memory."""
+
+_IDLE = 64 * MIB  # threads, allocators, code that is loaded on first use
+_CHUNK_BYTES = 16 * MIB
+_BLOCK_COPIES = 4  # a block's rows as Python strings, as Arrow columns, and as a compressed file
+_SELECT_IDLE = 96 * MIB  # the same, with Polars' joins
+_READER_BYTES = 48 * MIB  # a decoded batch of table rows, and some megabytes of it as Python values
+_SLICE_BYTES = 1_536  # a row of decisions: its columns in Polars, joined with its place, and written
+_FUSED_BYTES = 64  # one of a query's best rows, merged and sorted by place
+_JSON_COPIES = 8  # JSON text, its values in Python, Arrow columns, compressed pages
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What a stage takes at most."""
+
+    stage: str
+    bytes: int
+    """Working memory of all its tasks together."""
+    text: str
+    """One line for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanMemory:
+    """How an index is read."""
+
+    chunks: int
+    """Chunks in memory at a time."""
+    piece_rows: int
+    """Rows whose scores are in memory at a time; a multiple of TILE_ROWS."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueMemory:
+    """One task of valuation."""
+
+    plan: StageMemory
+    scan: ScanMemory
+
+
+@dataclass(frozen=True, slots=True)
+class SelectMemory:
+    """Selection, one task."""
+
+    plan: StageMemory
+    slice_rows: int
+    """Rows that are joined with their places at a time."""
+    sort_rows: int
+    """Rows that are sorted at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportMemory:
+    """Export, one task."""
+
+    plan: StageMemory
+    slice_rows: int
+    """Decisions that are read at a time."""
+    row_bytes: int
+    """Rows that are decoded at a time, in bytes of their content; always one row."""
+    group_bytes: int
+    """JSON of the rows of a row group."""
+
+
+def task_limits(config: CurationConfig) -> LimitsConfig:
+    """The limits of one of the tasks that run at the same time."""
+    return config.limits.model_copy(update={"memory": int(config.limits.memory) // config.runner.workers})
+
+
+def ingest_memory(memory: int, *, tasks: int = 1) -> StageMemory:
+    """Plan for reading source objects: a batch of rows becomes values, a block of rows is held and written.
+
+    How large a block may become is part of the format (`blocks.MAX_BYTES`): ids must not depend on memory.
+
+    Parameters
+    ----------
+    memory
+        Bytes of one task.
+    tasks
+        Tasks at the same time; for the text.
+
+    Raises
+    ------
+    LimitError
+        A block of the largest size does not fit.
+    """
+    need = _IDLE + _BLOCK_COPIES * MAX_BYTES + _READER_BYTES
+    _refuse("ingest", need, memory, tasks)
+    return _plan("ingest", f"a block of at most {MAX_BYTES // MIB} MiB, a batch of rows", need, memory, tasks)
+
+
+def sketch_memory(memory: int, *, dim: int, tasks: int = 1) -> tuple[StageMemory, int]:
+    """Plan for computing signatures, and the bytes that are left for micro-batches (`signatures.plan_memory`).
+
+    Raises
+    ------
+    LimitError
+        The signatures of a block leave no room.
+    """
+    result = 2 * MAX_ROWS * dim + max(_CHUNK_BYTES, 2 * dim)
+    need = _IDLE + result
+    _refuse("sketch", need + 16 * MIB, memory, tasks, remedy="use a smaller sketch")
+    rest = memory - need
+    text = (
+        f"{MAX_ROWS:,} signatures of {dim:,} take {_mib(result)} MiB, micro-batches {_mib(rest)} MiB beside the model"
+    )
+    return _plan("sketch", text, memory, memory, tasks), rest
+
+
+def value_memory(memory: int, *, queries: int, dim: int, aggregate: str, extremes: int = EXTREMES,
+                 tasks: int = 1) -> ValueMemory:  # fmt: skip
+    """Plan for scoring: the queries, some chunks of the index, the scores of a piece, each query's extremes.
+
+    Raises
+    ------
+    LimitError
+        So many queries do not fit.
+    """
+    chunk = max(_CHUNK_BYTES, 2 * dim)
+    kept = queries * ((RRF_DEPTH if aggregate == "rrf" else extremes) + extremes)
+    fixed = _IDLE + 12 * queries * dim + 6 * TILE_ROWS * dim + 40 * kept + 32 * MIB
+    tile = 24 * queries * TILE_ROWS
+    _refuse("value", fixed + chunk + tile, memory, tasks, remedy="use fewer queries")
+    rest = memory - fixed
+    chunks = 1 if rest < 3 * chunk else 2 if rest < 5 * chunk else 3
+    tiles = max(1, min(MAX_ROWS // TILE_ROWS, 8, (rest - chunks * chunk) // tile))
+    need = fixed + chunks * chunk + tiles * tile
+    text = f"{queries:,} queries of {dim:,}, {chunks} chunks of {_mib(chunk)} MiB, {tiles * TILE_ROWS:,} rows at a time"
+    return ValueMemory(_plan("value", text, need, memory, tasks), ScanMemory(chunks, tiles * TILE_ROWS))
+
+
+def select_memory(memory: int, *, rows: int, queries: int, aggregate: str) -> SelectMemory:
+    """Plan for ranking: decisions stream by in slices, keys are sorted a part at a time.
+
+    Parameters
+    ----------
+    rows
+        Of the corpus, for the text.
+    queries
+        Of all targets; with `rrf` each has RRF_DEPTH best rows in memory.
+
+    Raises
+    ------
+    LimitError
+        Not even the smallest slice fits.
+    """
+    fused = _FUSED_BYTES * queries * RRF_DEPTH if aggregate == "rrf" else 0
+    smallest = 1_024
+    least = _SELECT_IDLE + max(fused + smallest * _SLICE_BYTES, UPLOAD_BYTES)
+    _refuse("select", least, memory, 1, remedy="use fewer queries, or another aggregate" if fused else "")
+    slices = max(smallest, min(32_768, (memory - _SELECT_IDLE - fused) // 2 // _SLICE_BYTES))
+    sorts = (memory - _SELECT_IDLE) * 3 // 4 // RANK_BYTES
+    need = max(least, _SELECT_IDLE + max(fused + slices * _SLICE_BYTES, min(rows, sorts) * RANK_BYTES))
+    passes = max(1, -(-rows // sorts))
+    text = f"{rows:,} rows in {passes:,} {'pass' if passes == 1 else 'passes'} of {min(rows, sorts):,}"
+    return SelectMemory(_plan("select", text, need, memory, 1), slices, sorts)
+
+
+def export_memory(memory: int) -> ExportMemory:
+    """Plan for publishing: a slice of decisions, a block, some of its rows as values, a row group.
+
+    Raises
+    ------
+    LimitError
+        A block of the largest size does not fit.
+    """
+    block = _IDLE + max(UPLOAD_BYTES, 4 * MAX_BYTES)
+    group = min(16 * MIB, max(MIB, (memory - _IDLE) // 16))
+    need = max(block + _JSON_COPIES * MIB, _IDLE + _JSON_COPIES * group + UPLOAD_BYTES)
+    _refuse("export", block + _JSON_COPIES * MIB, memory, 1)
+    slices = max(1_024, min(8_192, memory // (32 * 1_024)))
+    text = f"{slices:,} decisions, blocks of at most {MAX_BYTES // MIB} MiB, row groups of {_mib(group)} MiB"
+    return ExportMemory(_plan("export", text, need, memory, 1), slices, group, group)
+
+
+def stage_memory(config: CurationConfig, *, rows: int, queries: int) -> dict[str, StageMemory]:
+    """The plans of all stages of a run.
+
+    Raises
+    ------
+    LimitError
+        A stage cannot work within `limits.memory`.
+    """
+    memory, tasks, dim = int(config.limits.memory), config.runner.workers, config.sketch.dim
+    part, aggregate = memory // tasks, config.aggregate
+    plans = [ingest_memory(part, tasks=tasks), sketch_memory(part, dim=dim, tasks=tasks)[0]]
+    if config.targets:
+        scan = value_memory(part, queries=queries, dim=dim, aggregate=aggregate, tasks=tasks)
+        select = select_memory(memory, rows=rows, queries=queries, aggregate=aggregate)
+        plans += [scan.plan, select.plan, export_memory(memory).plan]
+    return {plan.stage: plan for plan in plans}
+
+
+def as_json(plans: Mapping[str, StageMemory]) -> dict[str, Any]:
+    """`{stage: {bytes, text}}`."""
+    return {name: {"bytes": plan.bytes, "text": plan.text} for name, plan in plans.items()}
+
+
+def _plan(stage: str, text: str, need: int, memory: int, tasks: int) -> StageMemory:
+    several = f"{tasks} tasks, each " if tasks > 1 else ""
+    return StageMemory(stage, need * tasks, f"{stage}: {several}{text}, at most {_mib(need)} of {_mib(memory)} MiB")
+
+
+def _refuse(stage: str, need: int, memory: int, tasks: int, *, remedy: str = "") -> None:
+    if need <= memory:
+        return
+    each = f" for each of {tasks} tasks (runner.workers)" if tasks > 1 else ""
+    ways = [f"raise limits.memory to {_mib(need * tasks)}MiB", "lower runner.workers" if tasks > 1 else "", remedy]
+    raise LimitError(
+        f"{stage} needs {_mib(need)} MiB of working memory{each}, limits.memory allows {_mib(memory)} MiB; "
+        + ", or ".join(way for way in ways if way)
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // MIB):,}"
