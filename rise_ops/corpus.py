@@ -172,7 +172,10 @@ def read_version(store: Store, name: str, number: int) -> CorpusVersion:
     ------
     MissingObjectError, IntegrityError, StoreError, TransientError
     """
-    return CorpusVersion.from_json(store.get_json(version_key(name, number), format_version=VERSION_FORMAT))
+    expected = {"corpus": name, "version": number}
+    key = version_key(name, number)
+    found = store.get_json(key, format_version=VERSION_FORMAT, shape=CorpusVersion, holds=expected)
+    return CorpusVersion.from_json(found)
 
 
 def current_version(store: Store, name: str) -> CorpusVersion | None:

@@ -19,6 +19,7 @@ from rise_ops.corpus import version_key
 from rise_ops.errors import DamagedError, IntegrityError
 from rise_ops.hashing import sha256_hex
 from rise_ops.index import read_record
+from rise_ops.shapes import NoteShape
 from rise_ops.store import Store
 
 FORMAT_VERSION = 1
@@ -61,7 +62,7 @@ def heal(store: Store) -> list[str]:
     """Remove what is noted as broken, so that this run makes it again. Returns the keys."""
     healed = []
     for note, _ in sorted(store.list("damage")):
-        key = str(store.get_json(note, format_version=FORMAT_VERSION)["key"])
+        key = str(store.get_json(note, format_version=FORMAT_VERSION, shape=NoteShape)["key"])
         doomed = _doomed(store, key)
         if doomed:
             _logger.warning("%s is broken and will be made again", store.url(key))

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from rise_ops.corpus import read_source_row, read_version
-from rise_ops.errors import ConfigError, SourceError
+from rise_ops.errors import ConfigError, IntegrityError, SourceError
 from rise_ops.export import list_exports
 from rise_ops.runs import list_runs, read_run
 from rise_ops.selection import decisions_key
@@ -99,11 +99,16 @@ def _decided(store: Store, run_id: str, prefix: str) -> pl.DataFrame:
 
 
 def _sources(store: Store, run: Json, rows: list[Json]) -> list[Json]:
-    version = read_version(store, run["corpus"]["name"], run["corpus"]["version"])
+    number = run["corpus"].get("version")
+    if number is None:
+        raise IntegrityError(f"the record of run {run['run_id']} does not say which corpus version it read")
+    version = read_version(store, run["corpus"]["name"], number)
     entries = {entry.uri: entry for entry in version.sources}
     found = []
     for row in rows:
-        entry = entries[row["source_uri"]]
+        entry = entries.get(row["source_uri"])
+        if entry is None:
+            raise IntegrityError(f"run {run['run_id']} decided on a row of {row['source_uri']}, which its corpus lacks")
         item: Json = {"uri": entry.uri, "row": row["source_row"], "object_sha": entry.object_sha}
         try:
             item["line"] = read_source_row(entry, row["source_row"])

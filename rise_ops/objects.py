@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from rise_ops.blocks import FORMAT_KEY, MIN_ROWS, RowBuffer, block_schema, parquet_bytes, read_stored
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.rows import RowFault, raw_text, well_formed
+from rise_ops.shapes import RecordShape
 from rise_ops.sources import SourceObject
 from rise_ops.spool import spool
 from rise_ops.store import Store
@@ -158,7 +159,8 @@ def read_record(store: Store, record: str) -> ObjectRecord:
     ------
     MissingObjectError, IntegrityError
     """
-    return ObjectRecord.from_json(store.get_json(record_key(record), format_version=RECORD_FORMAT))
+    options: dict[str, Any] = {"shape": RecordShape, "holds": {"record": record}}
+    return ObjectRecord.from_json(store.get_json(record_key(record), format_version=RECORD_FORMAT, **options))
 
 
 def remember(store: Store, source: SourceObject, record: str, ingest_fingerprint: str) -> None:

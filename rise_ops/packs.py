@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -34,6 +35,7 @@ from rise_ops.blocks import (
 )
 from rise_ops.hashing import fingerprint
 from rise_ops.objects import RECORD_FORMAT, BlockCount, ObjectRecord, places_key, record_key, rows_key
+from rise_ops.shapes import PackShape
 from rise_ops.store import Store
 
 _AVERAGE_ROWS = 2048
@@ -87,11 +89,22 @@ def pack_objects(store: Store, records: Iterable[ObjectRecord]) -> list[Pack]:
     return [_pack(store, members) for members in plan_packs(records)]
 
 
+def read_pack(store: Store, pack: str) -> dict[str, Any]:
+    """The completion record of a pack.
+
+    Raises
+    ------
+    IntegrityError, MissingObjectError, StoreError, TransientError
+    """
+    options: dict[str, Any] = {"shape": PackShape, "holds": {"pack": pack}}
+    return store.get_json(record_key(pack), format_version=RECORD_FORMAT, **options)
+
+
 def _pack(store: Store, members: Sequence[ObjectRecord]) -> Pack:
     records = tuple(member.record for member in members)
     pack = pack_id(members)
     if store.exists(record_key(pack)):
-        known = store.get_json(record_key(pack), format_version=RECORD_FORMAT)
+        known = read_pack(store, pack)
         block = BlockCount(known["blocks"][0], known["rows"], known["characters"])
         if store.exists(block_key(block.block_id)) and store.exists(places_key(pack)):
             return Pack(pack, records, block)

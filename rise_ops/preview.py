@@ -23,7 +23,7 @@ from rise_ops.corpus import SourceDiff
 from rise_ops.diff import CorpusState, ObjectState
 from rise_ops.ingest import preview_object
 from rise_ops.objects import BlockCount, ObjectRecord, read_record, read_rows_doc_ids, record_key
-from rise_ops.packs import pack_id, plan_packs
+from rise_ops.packs import pack_id, plan_packs, read_pack
 from rise_ops.store import Store
 
 _DIGEST_BYTES = 32
@@ -156,6 +156,6 @@ def _preview(store: Store, records: Mapping[str, ObjectRecord], spool: DocIdSpoo
 def _packed(store: Store, members: list[ObjectRecord]) -> BlockCount:
     name = pack_id(members)
     if store.exists(record_key(name)):
-        name = str(store.get_json(record_key(name))["blocks"][0])
+        name = str(read_pack(store, name)["blocks"][0])
     rows = sum(member.rows for member in members)
     return BlockCount(name, rows, sum(member.characters for member in members))

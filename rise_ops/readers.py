@@ -182,9 +182,9 @@ class JsonLinesReader:
         except RowFault as fault:
             return fault
         if not row.keys() <= self.columns.keys():
-            for name in row.keys() - self.columns.keys():
-                if (fault := name_fault(name)) is not None:
-                    return fault
+            faults = map(name_fault, row.keys() - self.columns.keys())
+            if (wrong := next(filter(None, faults), None)) is not None:
+                return wrong
             self._add_columns(row)
         return row
 

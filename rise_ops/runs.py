@@ -20,11 +20,27 @@ from typing import Any
 from rise_ops import __version__
 from rise_ops.errors import ConfigError, MissingObjectError
 from rise_ops.hashing import fingerprint, sha256_hex
+from rise_ops.shapes import RunShape
 from rise_ops.store import Store
 
 FORMAT_VERSION = 1
 
 Json = dict[str, Any]
+
+_UNKNOWN: Json = {
+    "status": "unknown",
+    "started": "at an unknown time",
+    "model": {"name": "unknown"},
+    "corpus": {"name": "unknown"},
+    "code": {"version": "unknown", "commit": None},
+    "config_fingerprint": "",
+    "index_id": None,
+    "export": None,
+    "counts": {},
+    "stages": [],
+}
+"""What a record says that lacks one of these."""
+
 
 
 def new_run_id(corpus: str) -> str:
@@ -97,10 +113,13 @@ def read_run(store: Store, run_id: str) -> Json:
         The store has no such run.
     """
     try:
-        return store.get_json(f"runs/{run_id}/run.json", format_version=FORMAT_VERSION)
+        found = store.get_json(
+            f"runs/{run_id}/run.json", format_version=FORMAT_VERSION, shape=RunShape, holds={"run_id": run_id}
+        )
     except MissingObjectError:
         known = list_runs(store)[-5:]
         raise ConfigError(f"{store.uri} has no run {run_id}; the latest are: {', '.join(known) or 'none'}") from None
+    return _UNKNOWN | found
 
 
 def list_runs(store: Store) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rise_ops.corpus import current_version
 from rise_ops.export import list_exports
-from rise_ops.index import list_indexes
+from rise_ops.index import describe_index, list_indexes
 from rise_ops.runs import list_runs, read_run
 from rise_ops.store import Store
 
@@ -45,7 +45,7 @@ def _corpus(store: Store, name: str) -> Json:
 
 
 def _index(store: Store, identity: str) -> Json:
-    described = store.get_json(f"indexes/{identity}/index.json")
+    described = describe_index(store, identity)
     sizes = dict(store.list(f"indexes/{identity}/blocks"))
     return {
         "index_id": identity,

@@ -25,9 +25,10 @@ from rise_ops.damage import Damage, note_damage
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
 from rise_ops.export import list_exports
 from rise_ops.hashing import fingerprint
-from rise_ops.index import IndexListing, crc32c, index_key, list_indexes, read_record
+from rise_ops.index import IndexListing, crc32c, describe_index, index_key, list_indexes, read_record
 from rise_ops.objects import RECORD_FORMAT, places_key, record_key, rows_key
 from rise_ops.objects import read_record as read_object_record
+from rise_ops.shapes import TargetShape
 from rise_ops.signatures import load_tables
 from rise_ops.store import Store
 from rise_ops.targets import read_target
@@ -191,7 +192,7 @@ def _indexes(store: Store, *, deep: bool) -> Iterator[_Check]:
 
 def _index(store: Store, identity: str, *, deep: bool) -> _Check:
     def look() -> str | None:
-        described = store.get_json(index_key(identity))
+        described = describe_index(store, identity)
         if deep and load_tables(store, f"indexes/{identity}/tables.zarr").sha256 != described["tables_sha256"]:
             return "was made with other sketch tables than those beside it"
         return None
@@ -230,7 +231,7 @@ def _targets(store: Store, *, deep: bool) -> Iterator[_Check]:
                 if deep:
                     read_target(store, name)
                 else:
-                    store.get_json(f"targets/{name}.json")
+                    store.get_json(f"targets/{name}.json", shape=TargetShape)
 
             yield _Check(f"targets/{file}", AGAIN, look)
 

@@ -251,6 +251,8 @@ def test_an_index_that_is_not_there_is_explained(local: Store) -> None:
     local.create_json(
         f"indexes/{INDEX}/index.json",
         {
+            "index_id": INDEX,
+            "tables_sha256": "0" * 64,
             "model": {"name": "other/model", "fingerprint": "f" * 64},
             "sketch": {"temperature": 0.5},
             "dim": 99,
