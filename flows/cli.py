@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rise_ops.errors import ConfigError, CurationError
+from rise_ops.visible import visible
 
 if TYPE_CHECKING:
     from flows.curate import Until
@@ -358,5 +359,5 @@ def main() -> None:
     try:
         app()
     except CurationError as error:
-        typer.echo(f"curate: {error}", err=True)
+        typer.echo(f"curate: {visible(str(error))}", err=True)
         sys.exit(error.exit_code)

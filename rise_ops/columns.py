@@ -10,7 +10,7 @@ gets the narrowest type that holds all its values exactly; lists and structs hav
 | integers of 64 bits | int64 |
 | numbers, the integers among them below 2^53 | double |
 | arrays, objects | list, struct of the types of their parts |
-| all else: a number here and a text there, objects without keys or with thousands of them | JSON text |
+| all else: a number here and a text there, objects without keys or with thousands, deep nesting | JSON text |
 
 A declared type with parts (list, struct, map …) counts as JSON values.
 """
@@ -34,6 +34,9 @@ Row = Mapping[str, Any]
 
 MAX_FIELDS = 1_000
 """Keys of an object that become fields of a struct; one with more is a dictionary, and becomes JSON text."""
+
+MAX_LEVELS = 24
+"""Lists and structs within each other; readers of Parquet refuse what is much deeper."""
 
 _EXACT = 2**53
 _INT64 = 2**63
@@ -166,12 +169,14 @@ def arrow_type(kind: Kind) -> pa.DataType:
     return _ARROW[kind]
 
 
-def is_text(kind: Kind) -> bool:
-    """Whether values become their JSON text: some part has no type of its own."""
+def is_text(kind: Kind, *, levels: int = MAX_LEVELS) -> bool:
+    """Whether values become their JSON text: some part has no type of its own, or lies too deep."""
+    if not isinstance(kind, str) and not levels:
+        return True
     if isinstance(kind, ListOf):
-        return is_text(kind.items)
+        return is_text(kind.items, levels=levels - 1)
     if isinstance(kind, StructOf):
-        return not kind.fields or any(is_text(part) for part in kind.fields.values())
+        return not kind.fields or any(is_text(part, levels=levels - 1) for part in kind.fields.values())
     return kind == "json"
 
 

@@ -272,7 +272,8 @@ def read_snapshot(store: Store, snapshot_id: str) -> pl.DataFrame:
     ------
     MissingObjectError, IntegrityError
     """
-    return read_stored(store, f"snapshots/{snapshot_id}.parquet", known_format=SNAPSHOT_FORMAT)
+    columns = ("block_id", "rows", "characters")
+    return read_stored(store, f"snapshots/{snapshot_id}.parquet", columns=columns, known_format=SNAPSHOT_FORMAT)
 
 
 def placements(store: Store, version: CorpusVersion, block_ids: Sequence[str]) -> pl.DataFrame:

@@ -130,8 +130,10 @@ def _pack(store: Store, members: Sequence[ObjectRecord]) -> Pack:
 def _gather(store: Store, members: Sequence[ObjectRecord]) -> tuple[RowBuffer, dict[str, list[object]]]:
     """The members' rows, and the object and row that each came from."""
 
+    columns = (*RowBuffer().columns(), "source_row")
+
     def load(member: ObjectRecord) -> pl.DataFrame:
-        return read_stored(store, rows_key(member.record), known_format=RECORD_FORMAT)
+        return read_stored(store, rows_key(member.record), columns=columns, known_format=RECORD_FORMAT)
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         frames = list(pool.map(load, members))
