@@ -14,8 +14,8 @@ from typing import Any
 from rise_ops import retry
 
 
-def obstore_options(uri: str, *, tries: int | None = None) -> dict[str, Any]:
-    """For a store at `uri`; `tries` instead of the budget's."""
+def obstore_options(uri: str, *, tries: int) -> dict[str, Any]:
+    """For a store at `uri`, whose client asks up to `tries` times."""
     budget = retry.BUDGET
     client: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=budget.connect_seconds),
@@ -27,7 +27,7 @@ def obstore_options(uri: str, *, tries: int | None = None) -> dict[str, Any]:
         "base": 2,
     }
     retries = {
-        "max_retries": (tries or budget.tries) - 1,
+        "max_retries": tries - 1,
         "retry_timeout": timedelta(seconds=budget.retry_seconds),
         "backoff": backoff,
     }

@@ -79,6 +79,9 @@ class LimitError(CurationError):
 class TransientError(CurationError):
     """A fault that is expected to pass: a throttled, reset or timed-out request."""
 
+    spent = False
+    """Whether the request's own budget is used up, so that only a task begins again."""
+
 
 _TRANSIENT_NAMES = frozenset(
     {

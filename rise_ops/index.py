@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rise_ops.config import ModelConfig, SketchConfig
-from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError, TransientError
+from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError
 from rise_ops.hashing import fingerprint
-from rise_ops.retry import retried
+from rise_ops.shapes import BlockShape, IndexShape
 from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
 from rise_ops.store import Store, zarr_errors
 
@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
 """Part of the format: blocks chunked otherwise read as incomplete."""
 _READERS = 16
+_CHUNKS_AT_ONCE = 2
 _CRC_BYTES = 2**18
 
 Float16Array = npt.NDArray[np.float16]
@@ -103,7 +104,7 @@ def prepare_index(store: Store, signer: Signer, *, model: ModelConfig) -> str:
         "dtype": "float16",
     }
     if not store.create_json(key, document):
-        found = store.get_json(key, format_version=FORMAT_VERSION)
+        found = describe_index(store, identity)
         if found["tables_sha256"] != signer.tables.sha256:
             raise IntegrityError(
                 f"{store.url(key)} was made with other sketch tables than this PyTorch draws from seed "
@@ -121,9 +122,9 @@ def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, 
         The store has no index of this model and sketch; the message says which it has.
     """
     try:
-        return store.get_json(index_key(identity), format_version=FORMAT_VERSION)
+        return describe_index(store, identity)
     except MissingObjectError:
-        others = [store.get_json(index_key(name)) for name in list_indexes(store)]
+        others = [describe_index(store, name) for name in list_indexes(store)]
         known = "; ".join(
             f"{item['model']['name']} ({item['model']['fingerprint'][:12]}), temperature "
             f"{item['sketch']['temperature']}, {item['dim']} wide"
@@ -133,6 +134,12 @@ def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, 
             f"{store.uri} has no index of model {model.name} with this sketch ({identity[:12]}). It has: "
             f"{known or 'none'}. Run `curate index` first, or use the model and sketch of an index that exists"
         ) from None
+
+
+def describe_index(store: Store, identity: str) -> dict[str, Any]:
+    """The description of an index that is there."""
+    options: dict[str, Any] = {"shape": IndexShape, "holds": {"index_id": identity}}
+    return store.get_json(index_key(identity), format_version=FORMAT_VERSION, **options)
 
 
 def list_indexes(store: Store) -> list[str]:
@@ -225,7 +232,7 @@ def write_signatures(store: Store, group_key: str, signatures: RowSignatures) ->
     ------
     StoreError, TransientError
     """
-    retried(lambda: store.checked(lambda: _write_arrays(store, group_key, signatures)))
+    store.checked(group_key, lambda: _write_arrays(store, group_key, signatures))
 
 
 def _write_arrays(store: Store, group_key: str, signatures: RowSignatures) -> None:
@@ -251,20 +258,18 @@ def _write_arrays(store: Store, group_key: str, signatures: RowSignatures) -> No
                     name, shape=data.shape, dtype=data.dtype, chunks=chunks, compressors=None, fill_value=fill
                 )
             array = zarr.open_array(store.zarr(f"{group_key}/{name}"), mode="r+", config={"write_empty_chunks": True})
-            array[...] = data
+            step = _CHUNKS_AT_ONCE * chunks[0]  # zarr copies what it writes at the same time
+            for start in range(0, rows, step):
+                array[start : start + step] = data[start : start + step]
 
 
 def checksums(store: Store, group_key: str) -> dict[str, int]:
     """CRC-32C of every stored object of a group, by its key below the group."""
     prefix = f"{group_key}/"
-    return {key.removeprefix(prefix): _checksum(store, key, size) for key, size in sorted(store.list(prefix))}
-
-
-def _checksum(store: Store, key: str, size: int) -> int:
-    data = store.get_buffer(key)
-    if len(data) != size:  # of a body that was cut, the checksum would be recorded and refuse the whole one for ever
-        raise TransientError(f"{store.url(key)} has {size:,} bytes, and {len(data):,} were sent")
-    return crc32c(data)
+    # with the size: the checksum of a body that was cut would be recorded, and refuse the whole one for ever
+    return {
+        key.removeprefix(prefix): crc32c(store.get_buffer(key, size=size)) for key, size in sorted(store.list(prefix))
+    }
 
 
 def crc32c(data: memoryview) -> int:
@@ -285,13 +290,12 @@ def read_record(store: Store, identity: str, block_id: str) -> BlockRecord:
     """
     key = f"indexes/{identity}/blocks/{block_id}.json"
     try:
-        return BlockRecord.from_json(store.get_json(key, format_version=FORMAT_VERSION))
+        found = store.get_json(key, format_version=FORMAT_VERSION, shape=BlockShape, holds={"block_id": block_id})
+        return BlockRecord.from_json(found)
     except MissingObjectError:
         raise DamagedError(
             f"block {block_id} is not in index {identity[:12]}; run `curate index`", store.url(key)
         ) from None
-    except KeyError as error:
-        raise DamagedError(f"{store.url(key)} has no {error}; run `curate index`", store.url(key)) from None
 
 
 def read_records(store: Store, identity: str, block_ids: Iterable[str]) -> dict[str, BlockRecord]:
@@ -343,18 +347,18 @@ def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> 
 
 def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
     """A stored object of a block, which must be what its record says."""
-    return store.checked(lambda: _read_once(store, identity, record, name))
-
-
-def _read_once(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
     key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
+    return store.checked(key, lambda: _read_once(store, key, record.crc32c.get(name)))
+
+
+def _read_once(store: Store, key: str, expected: int | None) -> memoryview:
     try:
         data = store.get_buffer(key)
     except MissingObjectError:
         raise DamagedError(
             f"{store.url(key)} is missing; run `curate index` to compute it again", store.url(key)
         ) from None
-    if crc32c(data) != record.crc32c.get(name):
+    if crc32c(data) != expected:
         raise DamagedError(
             f"{store.url(key)} does not match the checksum in its block's record; `curate verify --deep` notes it, and "
             "the next run computes it again",

@@ -22,6 +22,7 @@ from rise_ops.errors import BadRowsError, SourceError
 from rise_ops.objects import places_key
 from rise_ops.spool import spool
 from rise_ops.store import Store
+from rise_ops.tables import iter_table
 
 QUARANTINE_FORMAT = 1
 _BATCH_ROWS = 8192
@@ -100,11 +101,11 @@ def _write(store: Store, entries: Sequence[SourceEntry], *, run_id: str) -> tupl
 
 def _rejected(store: Store, entry: SourceEntry) -> Iterator[pl.DataFrame]:
     """The rejected rows of one object, a batch at a time."""
-    key = places_key(entry.record)
-    with store.scanning(key):
-        places = store.scan_parquet([key]).filter(pl.col("reason").is_not_null())
-        found = places.select(pl.lit(entry.uri).alias("source_uri"), *_REJECTED.names[1:])
-        yield from found.collect_batches(chunk_size=_BATCH_ROWS, maintain_order=True)
+    columns = _REJECTED.names[1:]
+    for places in iter_table(store, places_key(entry.record), columns=columns, rows=_BATCH_ROWS):
+        found = places.filter(pl.col("reason").is_not_null())
+        if found.height:
+            yield found.select(pl.lit(entry.uri).alias("source_uri"), *columns)
 
 
 def _summary(

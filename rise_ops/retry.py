@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import TypeVar
 
 from rise_ops.errors import TransientError
@@ -48,15 +47,28 @@ BUDGET = Budget(
 """The budget of all requests: six tries, over after 150 seconds at the latest."""
 
 
-def retried(call: Callable[[], T]) -> T:
-    """Result of `call`, which is called again within the budget while it raises TransientError."""
+def pauses() -> Iterator[float | None]:
+    """What to wait after each try that fails; None after the last."""
     budget, begun = BUDGET, time.monotonic()
-    for done in count(1):
+    for done in range(budget.tries - 1):
+        pause = min(budget.longest_pause, budget.first_pause * 2**done) * random.uniform(0.5, 1.0)
+        if time.monotonic() - begun + pause > budget.retry_seconds:
+            break
+        yield pause
+    yield None
+
+
+def retried(call: Callable[[], T]) -> T:
+    """Result of `call`, which is called again within the budget while it raises TransientError.
+
+    Calls may be nested: one that has spent its budget is not repeated by another.
+    """
+    for pause in pauses():
         try:
             return call()
-        except TransientError:
-            pause = min(budget.longest_pause, budget.first_pause * 2 ** (done - 1)) * random.uniform(0.5, 1.0)
-            if done >= budget.tries or time.monotonic() - begun + pause > budget.retry_seconds:
+        except TransientError as error:
+            error.spent = error.spent or pause is None
+            if error.spent or pause is None:
                 raise
-        time.sleep(pause)
-    raise AssertionError("count() does not end")
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")

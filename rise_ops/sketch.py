@@ -22,7 +22,6 @@ import torch
 
 from rise_ops.config import SketchConfig
 from rise_ops.errors import IntegrityError, MissingObjectError
-from rise_ops.retry import retried
 from rise_ops.store import zarr_errors
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class SketchTables:
         StoreError, TransientError
         """
         if not store.exists(f"{key}/zarr.json"):
-            retried(lambda: store.checked(lambda: self._write(store, key)))
+            store.checked(key, lambda: self._write(store, key))
         found = load_tables(store, key)
         if found.sha256 != self.sha256:
             raise IntegrityError(
@@ -173,7 +172,7 @@ def load_tables(store: Store, key: str) -> SketchTables:
     """
     if not store.exists(f"{key}/zarr.json"):
         raise MissingObjectError(f"{store.url(key)} is not in the store; index the corpus first")
-    return store.checked(lambda: _load(store, key))
+    return store.checked(key, lambda: _load(store, key))
 
 
 def _load(store: Store, key: str) -> SketchTables:

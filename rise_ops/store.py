@@ -14,10 +14,9 @@ damaged (`Store.checked`): a body may have been cut on its way.
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -28,16 +27,18 @@ import obstore
 from obstore import exceptions as obstore_errors
 
 from rise_ops import retry
+from rise_ops.client_errors import first_line, store_error
 from rise_ops.connections import obstore_options, polars_options
+from rise_ops.documents import document
 from rise_ops.errors import (
     ConfigError,
-    CurationError,
     IntegrityError,
     MissingObjectError,
     StoreError,
     TransientError,
 )
 from rise_ops.hashing import canonical_json
+from rise_ops.keys import refuse_key
 from rise_ops.spool import is_full
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ class Store:
         self.is_local = not scheme
         self.uri = os.path.abspath(os.path.expanduser(uri)) if self.is_local else uri.rstrip("/")
         self._connected: Any = None
-        self._connected_once: Any = None
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -87,7 +87,8 @@ class Store:
             self._connected = self._connect("")
         return self._connected
 
-    def _connect(self, prefix: str, *, mkdir: bool = False, tries: int | None = None) -> Any:
+    def _connect(self, prefix: str, *, mkdir: bool = False, tries: int = 1) -> Any:
+        """A backend; unless `tries` says otherwise it asks once, because what fails is repeated here (`_asked`)."""
         root = self.url(prefix) if prefix else self.uri
         if not self.is_local:
             return obstore.store.from_url(root, **obstore_options(root, tries=tries))
@@ -102,16 +103,18 @@ class Store:
             self._connected = self._connect("", mkdir=True)
         return self._connected
 
-    def _trying_once(self) -> Any:
-        """The backend for creates: the client must not try those again by itself, see `create`."""
-        if self.is_local:
-            return self._writable()
-        if self._connected_once is None:
-            self._connected_once = self._connect("", tries=1)
-        return self._connected_once
+    def _asked(self, key: str, request: Callable[[], T]) -> T:
+        """The answer to a request, repeated within the budget, with our errors."""
+
+        def ask() -> T:
+            with named_errors(self, key):
+                return request()
+
+        return retry.retried(ask)
 
     def url(self, key: str) -> str:
         """Full URI of a key: what other tools open."""
+        refuse_key(self.uri, key)
         return f"{self.uri}/{key}"
 
     def get(self, key: str) -> bytes:
@@ -121,21 +124,23 @@ class Store:
         ------
         MissingObjectError, StoreError, TransientError
         """
-        with named_errors(self, key):
-            return bytes(obstore.get(self._backend, key).bytes())
+        return bytes(self.get_buffer(key))
 
-    def get_buffer(self, key: str) -> memoryview:
-        """All bytes of an object as they arrived, without a copy; else like `get`."""
-        with named_errors(self, key):
-            return memoryview(obstore.get(self._backend, key).bytes())
+    def get_buffer(self, key: str, *, size: int | None = None) -> memoryview:
+        """All bytes of an object, which are `size` where that is known, as they arrived, without a copy."""
+        return self._asked(key, lambda: self._sized(key, obstore.get(self._backend, key).bytes(), size))
 
     def get_range(self, key: str, start: int, length: int) -> memoryview:
         """Some bytes of an object; else like `get`."""
-        with named_errors(self, key):
-            data = memoryview(obstore.get_range(self._backend, key, start=start, length=length))
-        if len(data) != length and not self.is_local:
-            raise TransientError(f"{self.url(key)}: of {length:,} bytes from {start:,} on, {len(data):,} were sent")
-        return data
+        return self._asked(
+            key, lambda: self._sized(key, obstore.get_range(self._backend, key, start=start, length=length), length)
+        )
+
+    def _sized(self, key: str, data: Any, size: int | None) -> memoryview:
+        buffer = memoryview(data)
+        if size is not None and len(buffer) != size and not self.is_local:
+            raise TransientError(f"{self.url(key)}: {len(buffer):,} bytes were sent, not {size:,}")
+        return buffer
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless it exists. Returns whether this call wrote it.
@@ -162,7 +167,7 @@ class Store:
     def _put(self, key: str, data: bytes) -> bool:
         with named_errors(self, key):
             try:
-                obstore.put(self._trying_once(), key, data, mode="create", use_multipart=False)
+                obstore.put(self._writable(), key, data, mode="create", use_multipart=False)
             except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
                 return False
             return True
@@ -173,36 +178,30 @@ class Store:
             return self.create(key, path.read_bytes())
         if self.exists(key):
             return False
-        with named_errors(self, key):
-            obstore.put(self._writable(), key, path)  # a multipart upload becomes visible whole, at its end
+        with named_errors(self, key):  # an upload in parts becomes visible whole, at its end; its client repeats parts
+            obstore.put(self._connect("", mkdir=True, tries=retry.BUDGET.tries), key, path)
         return True
 
     def create_json(self, key: str, value: Any) -> bool:
         """Write a JSON document unless the key exists. Returns whether this call wrote it."""
         return self.create(key, (canonical_json(value) + "\n").encode("utf-8"))
 
-    def get_json(self, key: str, *, format_version: int | None = None) -> dict[str, Any]:
-        """Read a JSON document, refusing formats newer than `format_version`.
+    def get_json(
+        self,
+        key: str,
+        *,
+        format_version: int | None = None,
+        shape: type[Any] | None = None,
+        holds: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Read a JSON document that is what the options of `rise_ops.documents.document` say.
 
         Raises
         ------
         MissingObjectError, IntegrityError, StoreError, TransientError
         """
-        return self.checked(lambda: self._json(key, format_version))
-
-    def _json(self, key: str, format_version: int | None) -> dict[str, Any]:
-        try:
-            value = json.loads(self.get(key))
-        except ValueError as error:
-            raise IntegrityError(f"{self.url(key)} is not valid JSON ({error}); delete it and run again") from error
-        if not isinstance(value, dict):
-            raise IntegrityError(f"{self.url(key)} does not hold a JSON object; delete it and run again")
-        if format_version is not None and int(value.get("format_version", 0)) > format_version:
-            raise IntegrityError(
-                f"{self.url(key)} has format version {value['format_version']}, this program reads up to "
-                f"{format_version}; upgrade it"
-            )
-        return value
+        options: dict[str, Any] = {"format_version": format_version, "shape": shape, "holds": holds}
+        return self.checked(key, lambda: document(self.get(key), where=self.url(key), **options))
 
     def exists(self, key: str) -> bool:
         """Whether an object is there."""
@@ -210,11 +209,10 @@ class Store:
 
     def size(self, key: str) -> int | None:
         """Size of an object in bytes, or None where there is none."""
-        with named_errors(self, key):
-            try:
-                return int(obstore.head(self._backend, key)["size"])
-            except (obstore_errors.NotFoundError, FileNotFoundError):
-                return None
+        try:
+            return int(self._asked(key, lambda: obstore.head(self._backend, key)["size"]))
+        except MissingObjectError:
+            return None
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Keys below a folder-like prefix and their sizes, in no particular order."""
@@ -225,17 +223,29 @@ class Store:
         """Like `list`, with the time at which each object was written, by the server's clock."""
         if self.is_local and not os.path.isdir(self.uri):
             return
-        with named_errors(self, prefix):
-            for batch in obstore.list(self._backend, prefix=prefix.rstrip("/")):
-                for item in batch:
-                    yield str(item["path"]), int(item["size"]), item["last_modified"]
+        last: str | None = None
+        stream: Any = None
+
+        def ask() -> Any:
+            nonlocal stream
+            try:
+                with named_errors(self, prefix):
+                    stream = stream or iter(obstore.list(self._backend, prefix=prefix.rstrip("/"), offset=last))
+                    return next(stream, None)
+            except TransientError:
+                stream = None  # a bucket lists in order: the next try goes on after the last key
+                raise
+
+        while (batch := retry.retried(ask)) is not None:
+            for item in batch:
+                last = str(item["path"])
+                yield last, int(item["size"]), item["last_modified"]
 
     def children(self, prefix: str) -> Sequence[str]:
         """Names directly below a folder-like prefix, sorted."""
         if self.is_local and not os.path.isdir(self.uri):
             return []
-        with named_errors(self, prefix):
-            found = obstore.list_with_delimiter(self._backend, prefix.rstrip("/"))
+        found = self._asked(prefix, lambda: obstore.list_with_delimiter(self._backend, prefix.rstrip("/")))
         names = [str(path) for path in found["common_prefixes"]] + [str(item["path"]) for item in found["objects"]]
         return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names})
 
@@ -244,7 +254,8 @@ class Store:
         from rise_ops.write_once import WriteOnceStore
 
         with named_errors(self, key):
-            return WriteOnceStore(self._connect(key, mkdir=not read_only), read_only=read_only)
+            backend = self._connect(key, mkdir=not read_only, tries=retry.BUDGET.tries)
+            return WriteOnceStore(backend, read_only=read_only)
 
     def scan_parquet(self, keys: Sequence[str], **options: Any) -> pl.LazyFrame:
         """Parquet objects as one Polars LazyFrame; nothing is read until it is collected."""
@@ -264,7 +275,7 @@ class Store:
         except _scan_errors() as error:
             if is_full(error):
                 raise
-            raise _named(error, self, self.url(key)) from error
+            raise store_error(error, root=self.uri, where=self.url(key)) from error
 
     def collected(self, key: str, read: Callable[[], T]) -> T:
         """Result of `read`, which collects frames of `scan_parquet`, as `checked` and with errors that name `key`.
@@ -278,22 +289,32 @@ class Store:
             with self.scanning(key):
                 return read()
 
-        return self.checked(attempt)
+        return self.checked(key, attempt)
 
-    def checked(self, read: Callable[[], T]) -> T:
-        """Result of `read`; over a network, where it finds damage, that of a second call.
+    def checked(self, key: str, read: Callable[[], T]) -> T:
+        """Result of `read`, which reads `key`; over a network, where it finds damage, that of a second call.
+
+        What passes is waited for within the budget, where the requests in `read` have not done so themselves.
 
         Raises
         ------
         IntegrityError
             The second time too.
+        TransientError
+            The second time too, and the server sends fewer bytes than it says that there are.
         """
         try:
-            return read()
+            return retry.retried(read)
         except IntegrityError:
             if self.is_local:
                 raise
-        return read()
+        try:
+            return retry.retried(read)
+        except IntegrityError:
+            size = self.size(key)
+            if size is not None:
+                self.get_buffer(key, size=size)
+            raise
 
     def probe(self) -> None:
         """Check that the store can be written and keeps exclusive creates.
@@ -314,31 +335,25 @@ class Store:
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; one that is not there is gone already. Only maintenance, signs of life and probes do this."""
+        for key in keys:
+            refuse_key(self.uri, key)
+        if not self.is_local:
+            self._asked(keys[0] if keys else "", lambda: obstore.delete(self._backend, list(keys)))
+            return
         with named_errors(self, keys[0] if keys else ""):
-            if not self.is_local:
-                obstore.delete(self._backend, list(keys))
-                return
             for key in keys:
                 with suppress(FileNotFoundError, obstore_errors.NotFoundError):
                     obstore.delete(self._backend, key)
 
 
-_REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccessDenied")
-_REFUSALS_LOCAL = ("Read-only file system", "Permission denied", "Operation not permitted")
-_PERMANENT = (
-    obstore_errors.InvalidPathError,
-    obstore_errors.NotSupportedError,
-    obstore_errors.UnknownConfigurationKeyError,
-)
-
-
 @contextmanager
 def named_errors(store: Store, key: str) -> Iterator[None]:
-    """Turn the client's errors into ours."""
+    """Turn the client's errors into ours, and let no wrong key pass."""
+    refuse_key(store.uri, key)
     try:
         yield
     except (obstore_errors.BaseError, OSError) as error:
-        raise _named(error, store, store.url(key)) from error
+        raise store_error(error, root=store.uri, where=store.url(key)) from error
 
 
 @contextmanager
@@ -349,7 +364,7 @@ def zarr_errors(store: Store, key: str) -> Iterator[None]:
             yield
         except ValueError as error:
             raise IntegrityError(
-                f"{store.url(key)} is damaged ({_first_line(str(error))}); delete it and run again"
+                f"{store.url(key)} is damaged ({first_line(str(error))}); delete it and run again"
             ) from error
 
 
@@ -358,37 +373,3 @@ def _scan_errors() -> tuple[type[Exception], ...]:
     import polars as pl
 
     return (OSError, pl.exceptions.PolarsError)
-
-
-def _named(error: Exception, store: Store, where: str) -> CurationError:
-    """The error of ours that a client's error means; the clients' texts can be long and are cut."""
-    text = str(error)
-    if "NoSuchBucket" in text:
-        return StoreError(f"the bucket of {store.uri} does not exist; create it first")
-    if isinstance(error, (obstore_errors.NotFoundError, FileNotFoundError)):
-        return MissingObjectError(f"{where} is not in the store")
-    refused = (obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError, PermissionError)
-    if isinstance(error, refused) or any(mark in text for mark in (_REFUSALS_LOCAL if store.is_local else _REFUSALS)):
-        return StoreError(_refusal(store, where))
-    if is_full(error):
-        return StoreError(f"no space left while writing {where}; free some and run again")
-    if not isinstance(error, (obstore_errors.BaseError, OSError)):  # Polars' own: what it got is not what it wants
-        return IntegrityError(f"{where} is damaged ({_first_line(text)}); `curate verify --deep` tells what is")
-    if store.is_local or isinstance(error, _PERMANENT):
-        return StoreError(f"{where}: {_first_line(text)}")
-    if "400 Bad Request" in text and "RequestTimeout" not in text:  # an answer to HEAD has no body to say more
-        return StoreError(_refusal(store, where))
-    return TransientError(f"{where}: {_first_line(text)}; the server did not answer as expected")
-
-
-def _refusal(store: Store, where: str) -> str:
-    if store.is_local:
-        return f"{where} cannot be accessed: permission denied or read-only; check the folder's owner and mount"
-    return (
-        f"{where}: access refused; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and "
-        "AWS_ENDPOINT_URL, and that they may read and write this prefix"
-    )
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "unknown error"

@@ -26,6 +26,7 @@ from rise_ops.errors import DamagedError, SourceError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.index import checksums, write_signatures
 from rise_ops.rows import CanonicalRow
+from rise_ops.shapes import TargetShape
 from rise_ops.signatures import RowSignatures, Signer
 from rise_ops.store import Store, named_errors
 
@@ -110,9 +111,10 @@ def read_target(store: Store, name: str) -> Target:
     IntegrityError
         Its signatures or queries are not what its record says.
     """
-    record = store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION)
-    queries = read_stored(store, f"targets/{name}.parquet", known_format=FORMAT_VERSION)
-    return Target(name, queries, store.checked(lambda: _stored_signatures(store, name, record)))
+    record = store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION, shape=TargetShape)
+    columns = ("doc_id", "text", "prompt", "meta")
+    queries = read_stored(store, f"targets/{name}.parquet", columns=columns, known_format=FORMAT_VERSION)
+    return Target(name, queries, store.checked(f"targets/{name}.zarr", lambda: _stored_signatures(store, name, record)))
 
 
 def _stored_signatures(store: Store, name: str, record: dict[str, Any]) -> npt.NDArray[np.float32]:

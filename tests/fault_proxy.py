@@ -1,8 +1,8 @@
 """A proxy on loopback that stands in front of an S3 server and injects faults by rule.
 
 Requests are forwarded as they are, Host header included, so that their signatures hold; each is read whole
-and each answer is forwarded whole. A rule names the requests that it applies to, how many of them it lets
-pass first, how many it spoils, and how. What was spoilt is counted, so that a test can tell that its fault
+and each answer is forwarded whole. A rule names the requests that it applies to, how many of the same kind it
+spoils, and how. What was spoilt is counted, so that a test can tell that its fault
 really happened.
 """
 
@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -59,22 +60,23 @@ class Rule:
     path: str = ""
     """Regular expression to be found in the decoded path with its query."""
     times: int | None = None
-    """Requests that are spoilt; None: all."""
-    after: int = 0
-    """Matching requests that pass first."""
+    """Requests of one method for one path that are spoilt; None: all."""
+    most: int | None = None
+    """Requests that are spoilt of all kinds together; None: all."""
     meanwhile: Callable[[], None] | None = None
     """Called before each spoilt request is handled."""
-    seen: int = field(default=0, init=False)
-    spoilt: int = field(default=0, init=False)
+    spoilt: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
+    """How often it happened, by method and path."""
 
     def applies(self, method: str, path: str) -> bool:
         """Whether this request is to be spoilt; counts it."""
         if not re.fullmatch(self.method, method) or not re.search(self.path, path):
             return False
-        self.seen += 1
-        if self.seen <= self.after or (self.times is not None and self.spoilt >= self.times):
+        if self.times is not None and self.spoilt[method, path] >= self.times:
             return False
-        self.spoilt += 1
+        if self.most is not None and self.spoilt.total() >= self.most:
+            return False
+        self.spoilt[method, path] += 1
         return True
 
 
