@@ -17,6 +17,7 @@ import polars as pl
 from rise_ops.blocks import read_texts
 from rise_ops.errors import IntegrityError
 from rise_ops.index import BlockRecord, read_chunk, read_counts, read_record, write_block
+from rise_ops.memory import FRESH_ROWS
 from rise_ops.progress import Progress, silent
 from rise_ops.signatures import RowSignatures, Signer
 from rise_ops.store import Store
@@ -94,10 +95,11 @@ def _signatures(store: Store, identity: str, texts: Sequence[str], found: pl.Dat
         else:
             todo[block_rows] = False
     computed: list[int] = np.flatnonzero(todo).tolist()
-    if computed:
-        fresh = signer().rows([texts[row] for row in computed])
+    for start in range(0, len(computed), FRESH_ROWS):
+        places = computed[start : start + FRESH_ROWS]
+        fresh = signer().rows([texts[row] for row in places])
         for name in ("signature", "tokens", "chunks"):
-            getattr(result, name)[computed] = getattr(fresh, name)
+            getattr(result, name)[places] = getattr(fresh, name)
     return result, computed
 
 

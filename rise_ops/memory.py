@@ -28,6 +28,8 @@ RANK_BYTES = 160
 """Peak bytes of a row while it is ranked; measured 130."""
 EXTREMES = 50
 """Rows kept at either end of each query: enough for the evaluation protocol's largest K."""
+FRESH_ROWS = 512
+"""Rows that are computed at a time beside copied ones."""
 UPLOAD_BYTES = 64 * MIB
 """Largest object that is written in one request, from memory."""
 
@@ -129,7 +131,7 @@ def sketch_memory(memory: int, *, dim: int, tasks: int = 1) -> tuple[StageMemory
     LimitError
         The signatures of a block leave no room.
     """
-    result = 2 * MAX_ROWS * dim + max(_CHUNK_BYTES, 2 * dim)
+    result = 2 * (MAX_ROWS + FRESH_ROWS) * dim + 2 * max(_CHUNK_BYTES, 2 * dim)
     need = _IDLE + result
     _refuse("sketch", need + 16 * MIB, memory, tasks, remedy="use a smaller sketch")
     rest = memory - need
