@@ -34,6 +34,15 @@ MAX_ROWS = 4096
 MAX_BYTES = 32 * 2**20
 """Canonical content of a block, in bytes, at which it ends."""
 
+_COLUMNS = ("doc_id", "text", "prompt", "text_field", "meta")
+_TYPES = dict.fromkeys((*_COLUMNS, "block_id", "object_sha"), "String") | {
+    "rows": "UInt32",
+    "characters": "UInt64",
+    "block_row": "UInt32",
+    "source_row": "Int64",
+}
+"""Types that columns have in every table of the store."""
+
 _MASK = 2047
 _BATCH_ROWS = 64  # a page ends between batches: with Arrow's 1,024 rows, one of long texts would be as large as all
 _LOW_DIGITS = 3  # of the hexadecimal doc_id: twelve bits, of which eleven are looked at
@@ -117,17 +126,28 @@ def read_block(store: Store, block_id: str, columns: Sequence[str] | None = None
     Raises
     ------
     IntegrityError
-        The block is missing, is not Parquet, or has a newer format.
+        The block is missing, is not Parquet, has a newer format, or, where all columns are read, is not what its
+        name says.
     """
     key = block_key(block_id)
     try:
-        return read_stored(store, key, columns=columns, known_format=BLOCK_FORMAT)
+        frame = read_stored(store, key, columns=columns or _COLUMNS, known_format=BLOCK_FORMAT)
     except MissingObjectError as error:
         raise DamagedError(
             f"block {block_id} is missing: {store.url(key)} is not in the store; `curate run` makes it again from "
             "its sources",
             store.url(key),
         ) from error
+    if columns is None and _id_of(frame) != block_id:
+        raise DamagedError(f"{store.url(key)} does not hold the content that its name says; run again", store.url(key))
+    return frame
+
+
+def _id_of(frame: pl.DataFrame) -> str | None:
+    """The id that the content of a block has; none where it lacks values that every row has."""
+    if any(frame[name].null_count() for name in ("doc_id", "text", "meta")):
+        return None
+    return RowBuffer(**{name: frame[name].to_list() for name in _COLUMNS}).block_id()
 
 
 def read_doc_ids(store: Store, block_id: str) -> pl.Series:
@@ -209,7 +229,7 @@ def read_stored(
     def read() -> pl.DataFrame:
         return read_parquet(store.get(key), where=store.url(key), columns=columns, known_format=known_format)
 
-    return store.checked(read)
+    return store.checked(key, read)
 
 
 def read_parquet(data: bytes, *, where: str, known_format: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
@@ -222,6 +242,10 @@ def read_parquet(data: bytes, *, where: str, known_format: int, columns: Sequenc
             raise IntegrityError(
                 f"{where} has format version {version}, this program reads up to {known_format}; upgrade it"
             )
-        return pl.read_parquet(io.BytesIO(data), columns=None if columns is None else list(columns))
-    except pl.exceptions.PolarsError as error:
-        raise DamagedError(f"{where} is damaged ({str(error).splitlines()[0]}); run again", where) from error
+        frame = pl.read_parquet(io.BytesIO(data), columns=None if columns is None else list(columns))
+    except (pl.exceptions.PolarsError, ValueError) as error:
+        raise DamagedError(f"{where} is damaged ({str(error).partition(chr(10))[0]}); run again", where) from error
+    for name, kind in frame.schema.items():
+        if str(kind) != _TYPES.get(name, str(kind)):
+            raise DamagedError(f"{where} is damaged (column {name} is {kind}); run again", where)
+    return frame
