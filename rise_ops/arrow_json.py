@@ -21,7 +21,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from itertools import islice
 from typing import Any
 
@@ -31,8 +31,8 @@ import pyarrow.types as kinds
 
 from rise_ops.rows import RowFault
 
-_OUT_OF_RANGE = "<value out of range"
-_FIRST_NANOSECOND = -9_223_372_036 * 10**9  # Arrow writes earlier ones, but does not read them
+_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_FIRST_DAY, _LAST_DAY = -719_528, 2_932_896  # 0000-01-01 and 9999-12-31, from 1970
 
 
 def json_values(array: Any) -> list[Any]:
@@ -98,15 +98,19 @@ def _strings(array: Any) -> list[Any]:
 
 
 def _decimals(array: Any) -> list[Any]:
-    most = Decimal(10) ** (array.type.precision - array.type.scale)
-    return [
-        None
-        if value is None
-        else format(value, "f")
-        if abs(value) < most
-        else RowFault("bad_number", f"holds a number that is too large for {array.type}")
-        for value in array.to_pylist()
-    ]
+    kind = array.type
+    most = Decimal(10) ** (kind.precision - kind.scale)
+    return [_decimal(value, most, kind) if value.is_valid else None for value in array]
+
+
+def _decimal(scalar: Any, most: Decimal, kind: Any) -> str | RowFault:
+    try:
+        value = scalar.as_py()
+    except InvalidOperation:
+        value = most
+    if abs(value) >= most:
+        return RowFault("bad_number", f"holds a number that is too large for {kind}")
+    return format(value, "f")
 
 
 def _times(array: Any) -> list[Any]:
@@ -115,22 +119,30 @@ def _times(array: Any) -> list[Any]:
         return list(array.cast(pa.int64()).to_pylist())
     if kinds.is_interval(kind):
         return [None if value is None else list(value) for value in array.to_pylist()]
+    units = array.cast(pa.int32() if kinds.is_date32(kind) or kinds.is_time32(kind) else pa.int64())
+    low, high = _range(kind)
+    wrong = pc.fill_null(pc.or_(pc.less(units, low), pc.greater(units, high)), False).to_pylist()
+    if kinds.is_timestamp(kind) and kind.tz is not None:
+        array = array.cast(pa.timestamp(kind.unit, "UTC"))
+    texts = array.cast(pa.string()).to_pylist()
     if kinds.is_timestamp(kind):
-        if kind.tz is not None:
-            array = array.cast(pa.timestamp(kind.unit, "UTC"))
-        if kind.unit == "ns":
-            early = pc.less(array.cast(pa.int64()), _FIRST_NANOSECOND)
-            texts = pc.if_else(early, pa.scalar(_OUT_OF_RANGE), array.cast(pa.string()))
-        else:
-            texts = array.cast(pa.string())
-        return [_time(text if text is None else text.replace(" ", "T", 1), kind) for text in texts.to_pylist()]
-    return [_time(text, kind) for text in array.cast(pa.string()).to_pylist()]
+        texts = [text if text is None else text.replace(" ", "T", 1) for text in texts]
+    if not any(wrong):
+        return list(texts)
+    fault = RowFault("bad_time", f"holds a time that {kind} can hold and a calendar cannot")
+    return [fault if bad else text for bad, text in zip(wrong, texts, strict=True)]
 
 
-def _time(text: str | None, kind: Any) -> str | RowFault | None:
-    if text is not None and text.startswith("<"):
-        return RowFault("bad_time", f"holds a moment that {kind} can hold and a calendar cannot")
-    return text
+def _range(kind: Any) -> tuple[int, int]:
+    """The first and the last unit that Arrow both writes and reads as text."""
+    if kinds.is_date(kind):
+        day = 1 if kinds.is_date32(kind) else 86_400_000
+        return _FIRST_DAY * day, _LAST_DAY * day
+    second = _UNITS[kind.unit]
+    if kinds.is_time(kind):
+        return 0, 86_400 * second - 1
+    low, high = _FIRST_DAY * 86_400 * second, (_LAST_DAY + 1) * 86_400 * second - 1
+    return max(low, -(2**63 // second - 1) * second), min(high, 2**63 - 1)
 
 
 def _nested(array: Any) -> list[Any]:
