@@ -9,13 +9,14 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from rise_ops.batches import split
 from rise_ops.config import CurationConfig
 from rise_ops.memory import task_limits
+from rise_ops.parts import valuation_folder
 from tasks.index import count_tokens, open_model, plan_index, sketch
 from tasks.ingest import ingest_objects, publish_corpus, survey
 from tasks.policy import run_all
 from tasks.preflight import preflight
 from tasks.publish import collect_examples, evaluate_targets, export_kept
 from tasks.recording import Recorder
-from tasks.value import select_rows, sign_queries, value_blocks
+from tasks.value import plan_value, select_rows, sign_queries, value_blocks
 
 Json = dict[str, Any]
 Runner = TaskRunner[Any]
@@ -100,37 +101,42 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
         calls = [{"config": config, "index_id": indexed["index_id"], "name": name} for name in config.targets]
         signed = run_all(runner, sign_queries, calls, store_uri=config.store)
         targets = {item["name"]: item["target_id"] for item in signed}
-        parts = _score(run, runner, config, indexed, targets)
+        valued = _score(runner, config, indexed, targets)
         for item in signed:
             stage.read(item["outputs"][0], sha256=item["target_id"], rows=item["queries"])
         stage.read(f"indexes/{indexed['index_id']}/index.json", sha256=indexed["index_id"], rows=corpus["rows"])
-        for part in parts:
-            stage.wrote(part["outputs"][0], rows=part["rows"])
-        stage.cached = all(part["cached"] for part in parts)
-    keys = [[*part["outputs"], part["first_block"]] for part in parts]
+        for first, count, key in valued["parts"]:
+            stage.wrote(key, rows=sum(indexed["rows"][first : first + count]))
+        stage.cached = not valued["missing"]
+    scores = {"valuation": valued["valuation"], "blocks": indexed["blocks"]}
     with run.stage("select") as stage:
-        call = {"config": config, "version": corpus["version"], "parts": keys, "run_id": run.run_id}
+        call = {"config": config, "version": corpus["version"], "run_id": run.run_id, **scores}
         (selection,) = run_all(runner, select_rows, [call], store_uri=config.store)
-        for scores, _, _ in keys:
-            stage.read(scores)
+        stage.read(valuation_folder(valued["valuation"]), rows=corpus["rows"])
         stage.wrote(selection["outputs"][0], rows=selection["rows"])
     run.record["selection"] = {
         "keep": config.selection.keep.model_dump(exclude_none=True),
         "reasons": selection["reasons"],
     }
     run.counts |= {"rows_kept": selection["kept"], "tokens_kept": selection["tokens_kept"]}
-    return {"targets": targets, "parts": keys, "blocks": indexed["blocks"]}
+    return {"targets": targets, **scores}
 
 
-def _score(run: Recorder, runner: Runner, config: CurationConfig, indexed: Json, targets: dict[str, str]) -> list[Json]:
-    calls: list[Json] = []
-    firsts = [0]
-    common = {"config": config, "index_id": indexed["index_id"], "targets": targets, "run_id": run.run_id}
-    for part, blocks in enumerate(split(indexed["blocks"], indexed["rows"], target=_VALUE_ROWS)):
-        calls.append({**common, "blocks": blocks, "part": part, "rows": sum(indexed["rows"])})
-        firsts.append(firsts[-1] + len(blocks))
-    done = run_all(runner, value_blocks, calls, store_uri=config.store)
-    return [{**result, "first_block": first} for result, first in zip(done, firsts, strict=False)]
+def _score(runner: Runner, config: CurationConfig, indexed: Json, targets: dict[str, str]) -> Json:
+    """Score the parts that the store lacks. Returns the plan: valuation, all parts, and which were missing."""
+    common = {"config": config, "index_id": indexed["index_id"], "targets": targets}
+    looking = {**common, "blocks": indexed["blocks"]}
+    (plan,) = run_all(runner, plan_value, [looking], store_uri=config.store)
+    blocks, rows = indexed["blocks"], indexed["rows"]
+    wanted = set(plan["missing"])
+    missing = [slice(first, first + count) for first, count, _ in plan["parts"] if first in wanted]
+    sizes = [sum(rows[part]) for part in missing]
+    calls = [
+        {**common, "valuation": plan["valuation"], "blocks": [block for part in batch for block in blocks[part]]}
+        for batch in split(missing, sizes, target=_VALUE_ROWS)
+    ]
+    run_all(runner, value_blocks, [{**call, "rows": sum(sizes)} for call in calls], store_uri=config.store)
+    return plan
 
 
 def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, indexed: Json) -> None:
@@ -165,7 +171,6 @@ def explain(
             figures = evaluated["evaluation"]
         examples = {**call, "run_id": run.run_id, "evaluation": figures}
         (collected,) = run_all(runner, collect_examples, [examples], store_uri=config.store)
-        for _, extremes, _ in valued["parts"]:
-            stage.read(extremes)
+        stage.read(valuation_folder(valued["valuation"]), rows=run.counts["rows"])
         stage.wrote(collected["outputs"][0])
     run.record["evaluation"] = figures

@@ -25,11 +25,12 @@ from rise_ops.attribution import find_extremes
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.errors import ConfigError, SelectionError
+from rise_ops.parts import Part
 from rise_ops.progress import Progress, silent
 from rise_ops.session import open_indexed, open_target
 from rise_ops.store import Store
 from rise_ops.targets import Target, read_target
-from rise_ops.valuation import Part, read_extremes
+from rise_ops.valuation import read_extremes
 
 DEFAULT_LABEL = "label"
 DEFAULT_KS = (5, 10, 50)

@@ -14,11 +14,12 @@ import polars as pl
 
 from rise_ops.attribution import Attribution, Hit, explain
 from rise_ops.corpus import CorpusVersion, read_block
+from rise_ops.parts import Part
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
 from rise_ops.tables import iter_table
 from rise_ops.targets import read_target
-from rise_ops.valuation import Part, read_extremes
+from rise_ops.valuation import read_extremes
 
 FORMAT_VERSION = 1
 ROWS = 10

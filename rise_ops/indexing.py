@@ -69,6 +69,7 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
             )
         )
         done += len(texts)
+        del signatures, texts  # or the next block would be computed beside them
         progress(done, None)
     return records
 

@@ -32,11 +32,12 @@ from rise_ops.corpus import CorpusVersion, placements
 from rise_ops.errors import IntegrityError, SelectionError
 from rise_ops.heap import steady_heap
 from rise_ops.memory import SelectMemory, select_memory
+from rise_ops.parts import Part
 from rise_ops.ranking import Judge, Ranking, Totals
 from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_file
-from rise_ops.valuation import Aggregate, Part, count_queries, iter_part_scores
+from rise_ops.valuation import Aggregate, count_queries, iter_part_scores
 
 REASONS = ("kept", "no_prediction", "below_min_value", "over_rows", "over_fraction", "over_tokens")
 _GROUP_ROWS = 8_192

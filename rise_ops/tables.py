@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rise_ops.blocks import FORMAT_KEY
-from rise_ops.errors import IntegrityError, MissingObjectError
+from rise_ops.errors import DamagedError, IntegrityError
 from rise_ops.store import Store
 
 
@@ -31,11 +31,11 @@ def iter_table(store: Store, key: str, *, columns: Sequence[str], rows: int, kno
 
     Raises
     ------
-    MissingObjectError, IntegrityError, StoreError, TransientError
+    IntegrityError, StoreError, TransientError
     """
     size = store.size(key)
     if size is None:
-        raise MissingObjectError(f"{store.url(key)} is not in the store")
+        raise DamagedError(f"{store.url(key)} is missing; run again", store.url(key))
     source = pa.PythonFile(_StoredFile(store, key, size), mode="r")
     try:
         file = pq.ParquetFile(source, pre_buffer=True)
@@ -46,7 +46,8 @@ def iter_table(store: Store, key: str, *, columns: Sequence[str], rows: int, kno
             )
         yield from _pieces(file, columns, rows)
     except (pa.ArrowException, OSError) as error:
-        raise IntegrityError(f"{store.url(key)} is damaged ({str(error).splitlines()[0][:300]})") from error
+        text = str(error).splitlines()[0][:300]
+        raise DamagedError(f"{store.url(key)} is damaged ({text}); run again", store.url(key)) from error
 
 
 def iter_file(path: Path, *, columns: Sequence[str] | None = None, rows: int) -> Iterator[pl.DataFrame]:

@@ -1,9 +1,11 @@
 """Valuation: scores of every row on every target, written part by part.
 
-    runs/<run_id>/scores/part-00000.parquet      block (position in the part), block_id, block_row, doc_id, tokens,
-                                                 chunks, one `score_<target>` a target; one row group a block
-    runs/<run_id>/scores/extremes-00000.parquet  target, query, side (top | bottom), rank (in this part), block,
-                                                 block_row, score; some queries a row group
+    <part_id>.parquet            block (position in the part), block_id, block_row, doc_id, tokens, chunks, one
+                                 `score_<target>` a target; one row group a block
+    <part_id>.extremes.parquet   target, query, side (top | bottom), rank (in this part), block, block_row, score;
+                                 some queries a row group
+
+Where they are and what a part is says `rise_ops.parts`. Readers add the position of the part's first block.
 
 The queries of a target combine by `aggregate`: `mean` or `max` of their scores, or `rrf`, reciprocal-rank
 fusion: Σ_q 1 / (60 + rank_q(x)) (Cormack, Clarke and Büttcher, SIGIR 2009) over each query's 10,000 best
@@ -17,8 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,9 @@ import polars as pl
 
 from rise_ops.blocks import read_doc_ids
 from rise_ops.memory import EXTREMES, RRF_DEPTH, value_memory
+from rise_ops.parts import SCORES_FORMAT, Part
 from rise_ops.progress import Progress, silent
-from rise_ops.scan import BLOCK_SHIFT, Extremes, Float32Array, score_blocks, smallest
+from rise_ops.scan import BLOCK_SHIFT, Extremes, Float32Array, ScoredRows, score_blocks, smallest
 from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_table
@@ -35,7 +37,6 @@ from rise_ops.targets import Target
 
 Aggregate = Literal["mean", "max", "rrf"]
 
-SCORES_FORMAT = 1
 RRF_CONSTANT = 60
 
 _ROW_MASK = (1 << BLOCK_SHIFT) - 1
@@ -45,36 +46,23 @@ _EXTREME_COLUMNS = ("target", "query", "side", "rank", "block", "block_row", "sc
 _logger = logging.getLogger(__name__)
 
 
-class Part(NamedTuple):
-    """Some consecutive blocks of a corpus that are scored together."""
-
-    scores: str
-    """Key of the scores."""
-    extremes: str
-    """Key of each query's highest and lowest rows."""
-    first_block: int
-    """Position of the first of its blocks in the corpus' order of blocks."""
-
-
-def part_of(run_id: str, number: int, first_block: int) -> Part:
-    """A run's part by its number."""
-    folder = f"runs/{run_id}/scores"
-    return Part(f"{folder}/part-{number:05d}.parquet", f"{folder}/extremes-{number:05d}.parquet", first_block)
-
-
-def score_part(store: Store, identity: str, block_ids: Sequence[str], part: Part, *, targets: Mapping[str, Target],
-               aggregate: Aggregate, memory: int, tasks: int = 1, k: int = EXTREMES,
-               progress: Progress = silent) -> int:  # fmt: skip
-    """Score blocks against all targets in one pass and store the part. Returns the number of rows.
+def score_parts(store: Store, identity: str, parts: Sequence[Part], *, targets: Mapping[str, Target],
+                aggregate: Aggregate, memory: int, tasks: int = 1, k: int = EXTREMES,
+                progress: Progress = silent) -> int:  # fmt: skip
+    """Score the blocks of parts against all targets and store each part. Returns the number of rows.
 
     Parameters
     ----------
+    identity
+        The index.
     memory
         Bytes that scoring may take.
     tasks
         How many such calls run at the same time; for messages.
     k
         Rows kept at either end of each query.
+    progress
+        Counts rows.
 
     Raises
     ------
@@ -88,25 +76,35 @@ def score_part(store: Store, identity: str, block_ids: Sequence[str], part: Part
     plan = value_memory(memory, queries=queries, dim=dim, aggregate=aggregate, extremes=k, tasks=tasks)
     _logger.info("%s", plan.plan.text)
     stacked = signatures[0] if len(signatures) == 1 else np.concatenate(signatures)
-    extremes = Extremes(max(k, RRF_DEPTH) if aggregate == "rrf" else k, k_bottom=k)
+    rows = 0
+    for part in parts:
+        extremes = Extremes(max(k, RRF_DEPTH) if aggregate == "rrf" else k, k_bottom=k)
+        blocks = score_blocks(store, identity, part.blocks, stacked, extremes=extremes, memory=plan.scan,
+                              progress=lambda done, _, before=rows: progress(before + done, None))  # type: ignore[misc]  # fmt: skip
+        rows += _write_part(store, part, blocks, extremes, targets, aggregate)
+    return rows
+
+
+def _write_part(store: Store, part: Part, scored: Iterator[ScoredRows], extremes: Extremes,
+                targets: Mapping[str, Target], aggregate: Aggregate) -> int:  # fmt: skip
+    """Store a part as its rows are scored; of two writers of the same part, one wins a file, and both are right."""
     rows = 0
     with spool() as folder:
-        path = Path(folder) / "scores.parquet"
-        with TableWriter(path, format_version=SCORES_FORMAT) as scores:
+        path, other = folder / "scores.parquet", folder / "extremes.parquet"
+        with TableWriter(path, format_version=SCORES_FORMAT) as table:
             columns: list[dict[str, Any]] = []
-            for piece in score_blocks(store, identity, block_ids, stacked, extremes=extremes, memory=plan.scan,
-                                      progress=progress):  # fmt: skip
+            for piece in scored:
                 own = {} if aggregate == "rrf" else _aggregate(piece.scores, targets, aggregate)
                 columns.append({"tokens": piece.tokens, "chunks": piece.chunks, **own})
                 rows += len(piece.scores)
                 if piece.start + len(piece.scores) == piece.record.rows:
-                    scores.write(_block_frame(store, piece.position, piece.record.block_id, columns).to_arrow())
+                    table.write(_block_frame(store, piece.position, piece.record.block_id, columns).to_arrow())
                     columns = []
-        with TableWriter(other := Path(folder) / "extremes.parquet", format_version=SCORES_FORMAT) as table:
+        with TableWriter(other, format_version=SCORES_FORMAT) as table:
             for frame in extremes_frames(extremes, targets):
                 table.write(frame.to_arrow())
         store.create_from_file(part.extremes, other)
-        store.create_from_file(part.scores, path)
+        store.create_from_file(part.scores, path)  # last: it says that the part is there
     return rows
 
 
@@ -276,12 +274,12 @@ class _Fusion:
     def _merge(kept: dict[tuple[str, int], tuple[Float32Array, npt.NDArray[np.int64]]], frame: pl.DataFrame) -> None:
         for (target, query), mine in frame.group_by("target", "query", maintain_order=True):
             nothing = np.empty(0, np.float32), np.empty(0, np.int64)
-            scores, rows = kept.get((str(target), int(query)), nothing)  # type: ignore[call-overload]
+            scores, rows = kept.get((str(target), int(query)), nothing)
             ordinals = (mine["block"].cast(pl.Int64).to_numpy() << BLOCK_SHIFT) + mine["block_row"].to_numpy()
             best, best_rows = smallest(
                 RRF_DEPTH, scores[None], rows[None], mine["score"].to_numpy()[None], ordinals[None], sign=-1
             )
-            kept[str(target), int(query)] = best[0], best_rows[0]  # type: ignore[call-overload]
+            kept[str(target), int(query)] = best[0], best_rows[0]
 
     def join(self, frame: pl.DataFrame, scores: Sequence[str]) -> pl.DataFrame:
         """Add the fused scores of all targets."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
 from rise_ops.evaluation import evaluate_run
 from rise_ops.examples import write_examples
 from rise_ops.export import export_rows
+from rise_ops.parts import cut_parts
 from rise_ops.store import Store
-from rise_ops.valuation import Part
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
 
@@ -41,12 +40,12 @@ def evaluate_targets(
     version: int,
     blocks: list[str],
     targets: dict[str, str],
-    parts: list[Any],
+    valuation: str,
 ) -> Json:
     """The evaluation protocol for every target whose queries carry a label that the corpus has too."""
     store = Store(store_uri)
     corpus = read_version(store, config.corpus.name, version)
-    return {"evaluation": evaluate_run(store, corpus, blocks, targets, [Part(*part) for part in parts])}
+    return {"evaluation": evaluate_run(store, corpus, blocks, targets, cut_parts(valuation, blocks))}
 
 
 @stage("examples")
@@ -56,7 +55,7 @@ def collect_examples(
     version: int,
     blocks: list[str],
     targets: dict[str, str],
-    parts: list[Any],
+    valuation: str,
     run_id: str,
     evaluation: Json | None,
 ) -> Json:
@@ -68,7 +67,7 @@ def collect_examples(
         blocks,
         run_id=run_id,
         targets=targets,
-        parts=[Part(*part) for part in parts],
+        parts=cut_parts(valuation, blocks),
         evaluation=evaluation,
     )
     return {"outputs": [key]}

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
 from rise_ops.memory import task_limits
+from rise_ops.parts import cut_parts, missing_parts, valuation_id
 from rise_ops.selection import decide, decisions_key
 from rise_ops.session import open_target
 from rise_ops.store import Store
 from rise_ops.targets import read_target
-from rise_ops.valuation import Part, part_of, score_part
+from rise_ops.valuation import score_parts
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
-
-
-def _identity(call: Any) -> Any:
-    return [call["index_id"], call["targets"], call["config"].aggregate, call["blocks"]]
 
 
 @stage("target")
@@ -33,43 +29,57 @@ def sign_queries(store_uri: str, config: CurationConfig, index_id: str, name: st
     }
 
 
-@stage("value", key=_identity, version=2)
+@stage("plan-value")
+def plan_value(
+    store_uri: str, config: CurationConfig, index_id: str, targets: dict[str, str], blocks: list[str]
+) -> Json:
+    """Which parts the store lacks: the positions of their first blocks, and how many blocks each has."""
+    valuation = valuation_id(index_id, targets, config.aggregate)
+    parts = cut_parts(valuation, blocks)
+    missing = {part.first_block for part in missing_parts(Store(store_uri), parts)}
+    return {
+        "valuation": valuation,
+        "parts": [[part.first_block, len(part.blocks), part.scores] for part in parts],
+        "missing": sorted(missing),
+    }
+
+
+@stage("value")
 def value_blocks(
     store_uri: str,
     config: CurationConfig,
     index_id: str,
     targets: dict[str, str],
+    valuation: str,
     blocks: list[str],
-    run_id: str,
-    part: int,
     rows: int,
 ) -> Json:
-    """Score a batch of blocks against all targets."""
+    """Score whole parts of blocks against all targets. Not cached: the store has what was scored."""
     store = Store(store_uri)
-    place = part_of(run_id, part, 0)
-    scored = score_part(
+    scored = score_parts(
         store,
         index_id,
-        blocks,
-        place,
+        cut_parts(valuation, blocks),
         targets={name: read_target(store, target) for name, target in targets.items()},
         aggregate=config.aggregate,
         memory=int(task_limits(config).memory),
         tasks=config.runner.workers,
         progress=stage_progress("value", rows),
     )
-    return {"rows": scored, "outputs": [place.scores, place.extremes]}
+    return {"rows": scored}
 
 
 @stage("select")
-def select_rows(store_uri: str, config: CurationConfig, version: int, parts: list[Any], run_id: str) -> Json:
+def select_rows(
+    store_uri: str, config: CurationConfig, version: int, valuation: str, blocks: list[str], run_id: str
+) -> Json:
     """Rank the rows and decide which are kept."""
     store = Store(store_uri)
     selection = decide(
         store,
         read_version(store, config.corpus.name, version),
         run_id=run_id,
-        parts=[Part(*part) for part in parts],
+        parts=cut_parts(valuation, blocks),
         weights=config.weights,
         targets=list(config.targets),
         aggregate=config.aggregate,

@@ -23,11 +23,12 @@ from rise_ops.index import read_records
 from rise_ops.indexing import sketch_blocks
 from rise_ops.ingest import ingest_object
 from rise_ops.objects import places_key
+from rise_ops.parts import Part, part_of
 from rise_ops.selection import decide, decisions_key
 from rise_ops.signatures import RowSignatures
 from rise_ops.store import Store
 from rise_ops.targets import read_target
-from rise_ops.valuation import Part, part_of, score_part
+from rise_ops.valuation import score_parts as score
 from tests.corpora import NO_LIMITS, corpus_of, ingest_all, listed, make_rows, write_as
 from tests.indexed import DIM, INDEX, Indexed, index_corpus, make_target, score_parts, signed, store_target
 
@@ -144,9 +145,9 @@ def sketch_stage(world: World) -> Made:
 def value_stage(world: World) -> Made:
     """Scores of all blocks on one target."""
     store = Store(world.store)
-    part = part_of(uuid.uuid4().hex, 0, 0)
+    part = part_of(uuid.uuid4().hex, world.indexed.blocks, 0)
     targets = {"good": read_target(store, world.target)}
-    score_part(store, INDEX, world.indexed.blocks, part, targets=targets, aggregate="mean", memory=MEMORY)
+    score(store, INDEX, [part], targets=targets, aggregate="mean", memory=MEMORY)
     return Made(store.uri, (part.scores, part.extremes))
 
 

@@ -12,15 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from rise_ops import valuation
 from rise_ops.config import CorpusConfig
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.index import checksums, write_block, write_signatures
+from rise_ops.parts import Part, part_of
 from rise_ops.session import block_rows
 from rise_ops.signatures import RowSignatures
 from rise_ops.store import Store
 from rise_ops.targets import FORMAT_VERSION, Target
-from rise_ops.valuation import Aggregate, Part, part_of, score_part
+from rise_ops.valuation import Aggregate
 from tests.corpora import corpus_of, ingest_all, write_as
 
 INDEX = "1" * 64
@@ -112,13 +114,10 @@ def make_target(queries: int, *, seed: int = 1, dim: int = DIM, columns: Sequenc
 
 def score_parts(indexed: Indexed, targets: Mapping[str, Target], *, aggregate: Aggregate = "mean", run_id: str = "run",
                 size: int = 1) -> list[Part]:  # fmt: skip
-    """Score all blocks, `size` of them a part."""
-    parts = []
-    for number, first in enumerate(range(0, len(indexed.blocks), size)):
-        part = part_of(run_id, number, first)
-        blocks = indexed.blocks[first : first + size]
-        score_part(indexed.store, INDEX, blocks, part, targets=targets, aggregate=aggregate, memory=2**30)
-        parts.append(part)
+    """Score all blocks, `size` of them a part, as the valuation `run_id`."""
+    firsts = range(0, len(indexed.blocks), size)
+    parts = [part_of(fingerprint(run_id), indexed.blocks[first : first + size], first) for first in firsts]
+    valuation.score_parts(indexed.store, INDEX, parts, targets=targets, aggregate=aggregate, memory=2**30)
     return parts
 
 

@@ -13,11 +13,14 @@ from prefect.settings import get_current_settings
 from flows.attribute import attribute
 from flows.curate import curate
 from flows.index_corpus import index_corpus
+from rise_ops import parts
+from rise_ops.blocks import MIN_ROWS
 from rise_ops.errors import BadRowsError, ConfigError, ModelError, SourceError, TransientError
 from rise_ops.export import list_exports
 from rise_ops.ingest import ingest_object
 from rise_ops.runs import list_runs, read_run
 from rise_ops.store import Store
+from tests.corpora import jsonl
 from tests.curation import PLANTED, ROWS, load, write_curation
 
 pytestmark = pytest.mark.usefixtures("prefect_harness")
@@ -67,14 +70,71 @@ def test_the_record_names_everything_that_was_read_and_written(config_path: Path
     assert record["config_fingerprint"] == config.fingerprint
 
 
-def test_a_cache_hit_whose_object_is_gone_is_computed_again(config_path: Path) -> None:
+def _scores(store: str) -> dict[Path, int]:
+    """Files of scores, and when they were written."""
+    return {file: file.stat().st_mtime_ns for file in (Path(store) / "scores").rglob("*.parquet")}
+
+
+def test_scores_that_are_gone_are_computed_again_and_only_these(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "MAX_BLOCKS", 1)  # the corpus is small: a part for each block
+    _add_blocks(config_path)
     config = load(config_path)
-    first = curate(config)
-    shutil.rmtree(Path(config.store) / "runs" / first["run_id"] / "scores")
-    second = curate(config)
+    first = curate(config, "value")
+    before = _scores(config.store)
+    lost = min(file for file in before if not file.name.endswith(".extremes.parquet"))
+    lost.unlink()
+    second = curate(config, "value")
     assert not second["stages"]["value"]["cached"]
     assert second["rows_kept"] == first["rows_kept"]
-    assert (Path(config.store) / "runs" / second["run_id"] / "scores" / "part-00000.parquet").exists()
+    after = _scores(config.store)
+    assert after.keys() == before.keys()
+    assert len(after) >= 4
+    assert {file for file in after if after[file] != before[file]} == {lost}
+    assert curate(config, "value")["stages"]["value"]["cached"]
+
+
+def test_a_changed_row_is_scored_with_its_part_only(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "MAX_BLOCKS", 1)
+    _add_blocks(config_path)
+    config = load(config_path)
+    curate(config, "value")
+    before = _scores(config.store)
+    _add_blocks(config_path, first="another text")
+    run = curate(config, "value")
+    added = _scores(config.store).keys() - before.keys()
+    assert len(added) == 2  # the scores and the extremes of one part
+    assert before.items() <= _scores(config.store).items()
+    record = read_run(Store(config.store), run["run_id"])
+    outputs = {item["uri"] for stage in record["stages"] if stage["name"] == "value" for item in stage["outputs"]}
+    assert len(outputs & {str(file) for file in added}) == 1
+    assert len(outputs) == len(before) // 2
+
+
+def test_scores_are_shared_by_machines(config_path: Path, tmp_path: Path) -> None:
+    """What one machine scored, another one with the same store does not score, whatever Prefect remembers."""
+    config = load(config_path)
+    curate(config, "value")
+    before = _scores(config.store)
+    for name in ("raw", "queries.jsonl"):
+        shutil.move(config_path.parent / name, tmp_path / f"other-{name}")
+    elsewhere = load(
+        config_path,
+        f"corpus.sources=['{tmp_path}/other-raw/*.jsonl']",
+        f"targets.backdoor.queries={tmp_path}/other-queries.jsonl",
+    )
+    shutil.rmtree(get_current_settings().results.local_storage_path)
+    second = curate(elsewhere, "value")
+    assert second["stages"]["value"]["cached"]
+    assert _scores(config.store) == before
+
+
+def _add_blocks(config_path: Path, *, first: str = "a text") -> None:
+    """Sources of a block each; `first` is the first row of the first one."""
+    for source in range(3):
+        rows = [{"text": first if (source, row) == (0, 0) else f"{source} {row}"} for row in range(MIN_ROWS)]
+        (config_path.parent / "raw" / f"more-{source}.jsonl").write_bytes(jsonl(rows))
 
 
 def test_losing_every_cached_result_costs_no_signature(config_path: Path) -> None:
@@ -83,7 +143,7 @@ def test_losing_every_cached_result_costs_no_signature(config_path: Path) -> Non
     shutil.rmtree(get_current_settings().results.local_storage_path)
     second = curate(config)
     assert second["rows_sketched"] == 0
-    assert not second["stages"]["value"]["cached"]
+    assert second["stages"]["value"]["cached"]
 
 
 def test_a_block_that_is_gone_is_the_only_one_computed_again(config_path: Path) -> None:

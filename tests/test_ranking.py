@@ -90,7 +90,10 @@ def test_fates_equal_a_sort_in_memory(rows: list[Row], keep: dict[str, Any], cap
         mine = [row for row, (_, each) in zip(rows, expected, strict=True) if each == reason]
         assert (totals.rows[code], totals.tokens[code]) == (len(mine), sum(row[2] for row in mine))
     best = [row for row, (rank, _) in zip(rows, expected, strict=True) if rank == 1]
-    assert totals.best == ((pytest.approx(best[0][0]), best[0][2]) if best else None)
+    assert (totals.best is None) == (not best)
+    if totals.best is not None:
+        assert totals.best[0] == pytest.approx(best[0][0])
+        assert totals.best[1] == best[0][2]
 
 
 @pytest.mark.parametrize("capacity", [500, 3_000, 100_000])
@@ -99,7 +102,9 @@ def test_many_rows_of_few_values_are_ranked_in_parts(capacity: int) -> None:
     rows: list[Row] = [
         (float(value), int(tie), 1)
         for value, tie in zip(
-            generator.choice(np.float32([0.5, 0.5000001, -3]), 20_000), generator.integers(0, 4, 20_000), strict=True
+            generator.choice(np.array([0.5, 0.5000001, -3], np.float32), 20_000),
+            generator.integers(0, 4, 20_000),
+            strict=True,
         )
     ]
     _, found = _ranked(rows, KeepConfig(rows=777), capacity=capacity, batch=4_000)
@@ -113,7 +118,7 @@ def test_a_fraction_of_all_rows_counts_those_without_a_value() -> None:
 
 
 def test_order_of_values() -> None:
-    values = np.float32([np.nan, np.inf, 2, 1, 0.0, -0.0, -1, -np.inf, 7])
+    values = np.array([np.nan, np.inf, 2, 1, 0.0, -0.0, -1, -np.inf, 7], np.float32)
     valued = np.array([True] * 8 + [False])
     keys = ordered(values, valued)
     assert keys.tolist() == sorted(keys.tolist())

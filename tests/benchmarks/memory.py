@@ -33,10 +33,11 @@ from pydantic import ByteSize, TypeAdapter
 from rise_ops.config import CurationConfig, KeepConfig, parse_config
 from rise_ops.demo.corpus import MODEL_FOLDER
 from rise_ops.memory import MIB, stage_memory
+from rise_ops.parts import cut_parts
 from rise_ops.store import Store
 
 STAGES = ("ingest", "sketch", "value", "select", "export")
-INDEX = "benchmark"
+INDEX = "0" * 64
 QUERIES = 100
 _SKETCH = {"dim_r": 128, "dim_h": 64, "dim_g": 64}
 
@@ -219,7 +220,7 @@ def _fill(store: Store, setting: Setting) -> Callable[[], Any]:
 
 def _value(store: Store, setting: Setting) -> Callable[[], Any]:
     from rise_ops.targets import Target
-    from rise_ops.valuation import score_part
+    from rise_ops.valuation import score_parts
 
     queries = np.random.default_rng(2).standard_normal((setting.queries, setting.dim), dtype=np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
@@ -227,23 +228,10 @@ def _value(store: Store, setting: Setting) -> Callable[[], Any]:
     targets = {"good": Target("benchmark", names, queries)}
 
     def value() -> None:
-        for part, blocks in _parts(store, setting):
-            score_part(store, INDEX, blocks, part, targets=targets, aggregate=setting.config.aggregate,
-                       memory=setting.memory)  # fmt: skip
+        parts = cut_parts(INDEX, _blocks(store, setting))
+        score_parts(store, INDEX, parts, targets=targets, aggregate=setting.config.aggregate, memory=setting.memory)
 
     return value
-
-
-def _parts(store: Store, setting: Setting) -> list[tuple[Any, list[str]]]:
-    from rise_ops.batches import split
-    from rise_ops.valuation import part_of
-
-    rows_of = _blocks(store, setting)
-    parts, first = [], 0
-    for number, blocks in enumerate(split(list(rows_of), list(rows_of.values()), target=4 * 2_048)):
-        parts.append((part_of("benchmark", number, first), blocks))
-        first += len(blocks)
-    return parts
 
 
 def _select(store: Store, setting: Setting) -> Callable[[], Any]:
@@ -255,7 +243,7 @@ def _select(store: Store, setting: Setting) -> Callable[[], Any]:
         store,
         open_corpus(store, config),
         run_id="benchmark",
-        parts=[part for part, _ in _parts(store, setting)],
+        parts=cut_parts(INDEX, _blocks(store, setting)),
         weights={"good": 1.0},
         targets=["good"],
         aggregate=config.aggregate,
