@@ -82,6 +82,7 @@ def s3fs_options() -> dict[str, Any]:
         "token": environment("AWS_SESSION_TOKEN"),
         "endpoint_url": _s3_endpoint(),
         "use_listings_cache": False,
+        "local_expiry_check": True,  # by the ETag of each answer: what servers say to If-Match, the client may not know
         "client_kwargs": {"region_name": _s3_region()},
         "config_kwargs": {
             "connect_timeout": budget.connect_seconds,

@@ -150,6 +150,8 @@ class Signer:
         self._head = trunk.head(sketch, tables, max_logit_bytes=self.plan.logit_bytes)
         self.tables = self._head.tables
         self._max_chunks = self.plan.chunks
+        self.halvings = 0
+        """How often the device ran out of memory and the micro-batch was halved."""
 
     def __repr__(self) -> str:
         return f"Signer({self.trunk!r}, {self.sketch!r}, {self.plan!r})"
@@ -243,6 +245,7 @@ class Signer:
                         "a smaller model or dtype bfloat16"
                     ) from error
                 self._max_chunks = len(part) // 2
+                self.halvings += 1
                 _logger.warning(
                     "%s ran out of memory at %d chunks of %d tokens; going on with %d chunks at a time",
                     self.trunk.device,

@@ -2,8 +2,7 @@
 
 Requests are forwarded as they are, Host header included, so that their signatures hold; each is read whole
 and each answer is forwarded whole. A rule names the requests that it applies to, how many of the same kind it
-spoils, and how. What was spoilt is counted, so that a test can tell that its fault
-really happened.
+spoils, and how. What was spoilt is counted, so that a test can tell that its fault really happened.
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ _ANSWERS = {
 class Rule:
     """Which requests get which fault."""
 
-    fault: Fault
+    fault: Fault | None
+    """None: forwarded as it is, after `meanwhile`."""
     method: str = ".*"
     """Regular expression of the whole method."""
     path: str = ""
@@ -63,7 +63,7 @@ class Rule:
     """Requests of one method for one path that are spoilt; None: all."""
     most: int | None = None
     """Requests that are spoilt of all kinds together; None: all."""
-    meanwhile: Callable[[], None] | None = None
+    meanwhile: Callable[[], object] | None = None
     """Called before each spoilt request is handled."""
     spoilt: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     """How often it happened, by method and path."""
@@ -159,12 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self._body()
         rule = self.server.proxy.rule_for(self.command, self.path)
-        if rule is None:
-            self._send(self._forwarded(body))
-            return
-        if rule.meanwhile is not None:
+        if rule is not None and rule.meanwhile is not None:
             rule.meanwhile()
-        self._spoil(rule.fault, body)
+        if rule is None or rule.fault is None:
+            self._send(self._forwarded(body))
+        else:
+            self._spoil(rule.fault, body)
 
     def _spoil(self, fault: Fault, body: bytes) -> None:
         if fault is Fault.RESET:
