@@ -147,7 +147,8 @@ def _id_of(frame: pl.DataFrame) -> str | None:
     """The id that the content of a block has; none where it lacks values that every row has."""
     if any(frame[name].null_count() for name in ("doc_id", "text", "meta")):
         return None
-    return RowBuffer(**{name: frame[name].to_list() for name in _COLUMNS}).block_id()
+    columns: dict[str, Any] = {name: frame[name].to_list() for name in _COLUMNS}
+    return RowBuffer(**columns).block_id()
 
 
 def read_doc_ids(store: Store, block_id: str) -> pl.Series:

@@ -87,6 +87,7 @@ class _Walk:
     """One glob on its way through folders."""
 
     def __init__(self, root: str) -> None:
+        self._start = root
         self._root = os.path.realpath(root)
         self._links = 0
 
@@ -115,10 +116,17 @@ class _Walk:
             yield path
 
     def _leads_on(self, folder: str, entry: os.DirEntry[str]) -> bool:
-        """Whether a folder may be entered: not where it is a link to one above it."""
+        """Whether a folder may be entered: not where it is a link to one above it, or to one that led here."""
         self._check(entry.path)
-        inside = os.path.realpath(folder) + "/"
-        return not (entry.is_symlink() and inside.startswith(os.path.realpath(entry.path).rstrip("/") + "/"))
+        if not entry.is_symlink():
+            return True
+        real = os.path.realpath(entry.path)
+        passed = folder
+        while len(passed) >= len(self._start):
+            if (os.path.realpath(passed) + "/").startswith(real.rstrip("/") + "/"):
+                return False
+            passed = os.path.dirname(passed)
+        return True
 
     def _check(self, path: str) -> None:
         if not os.path.islink(path):

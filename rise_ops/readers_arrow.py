@@ -5,8 +5,8 @@ at the end. Arrow is memory-mapped and always spooled: a map of a file that some
 Parquet is decoded a few rows at a time, so that a batch stays near `BATCH_BYTES` however large the row groups
 are; its page headers (`rise_ops.parquet_pages`) and Arrow's buffers (`rise_ops.arrow_buffers`) are looked at first,
 and a file that would need more than `DECODED_BYTES` at once is refused. Text coded by a dictionary stays coded
-until `rise_ops.row_sizes` has measured it. What Arrow files say about their own buffers is verified before a
-value is touched: they come as their writer left them, and a wrong offset would read any memory.
+until `rise_ops.row_sizes` has measured it. Offsets and indices are verified before a value is touched: those of
+Arrow, and the indices of Parquet, come as their writer left them, and a wrong one would read any memory.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _parquet(uri: str, path: Path, stack: ExitStack) -> Table:
         if described.total_byte_size > 0 and described.num_rows > 0:
             rows = min(rows, BATCH_BYTES * described.num_rows // described.total_byte_size)
     batches = file.iter_batches(batch_size=max(16, rows), use_threads=False)
-    return metadata.num_rows, *_described(schema), batches
+    return metadata.num_rows, *_described(schema), map(_verified, batches)
 
 
 def _arrow(uri: str, path: Path, stack: ExitStack) -> Table:
@@ -220,8 +220,14 @@ def _verified(batch: Any) -> Any:
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error):
                 raise
-            column.view(as_bytes(column.type)).validate(full=True)
+            _as_bytes(column).validate(full=True)
     return batch
+
+
+def _as_bytes(column: Any) -> Any:
+    if pa.types.is_dictionary(column.type):
+        return pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary), safe=False)
+    return column.view(as_bytes(column.type))
 
 
 def _refuse_size(uri: str, needed: int, what: str) -> None:
