@@ -60,6 +60,10 @@ def plain(text: object, *, width: int = _PREVIEW) -> str:
     return escape(safe if len(safe) <= width else safe[: width - 1] + "…")
 
 
+def _short(identity: str | None) -> str:
+    return plain(identity or "")[:12]
+
+
 def show_summary(config: Any, summary: Json) -> None:
     """What a run did."""
     table = _table(f"Run {summary['run_id']}", "", "")
@@ -195,19 +199,18 @@ def show_lineage(found: Json) -> None:
         return
     run = found["run"] if found["kind"] == "export" else found
     if found["kind"] == "export":
-        _OUT.print(f"[bold]export {plain(found['name'])}/{found['version']}[/bold]: {found['rows']:,} rows")
+        _OUT.print(f"[bold]export {plain(found['name'])}/{plain(found['version'])}[/bold]: {found['rows']:,} rows")
         for file in found["files"]:
-            _OUT.print(f"  {plain(file['path'])}  {file['rows']:,} rows  sha256 {file['sha256'][:12]}")
+            _OUT.print(f"  {plain(file['path'])}  {file['rows']:,} rows  sha256 {_short(file['sha256'])}")
     if run is None:
         _OUT.print(f"[yellow]its run {plain(found['run_id'])} left no record[/yellow]")
         return
-    _OUT.print(f"[bold]run {plain(run['run_id'])}[/bold] {run['status']}, started {run['started']}")
-    _OUT.print(
-        f"  config {run['config_fingerprint'][:12]}  code {run['code']['version']} {run['code']['commit'] or ''}"
-    )
-    _OUT.print(f"  model {plain(run['model']['name'])} {run['model'].get('fingerprint', '')[:12]}")
+    _OUT.print(f"[bold]run {plain(run['run_id'])}[/bold] {plain(run['status'])}, started {plain(run['started'])}")
+    code = f"{plain(run['code']['version'])} {plain(run['code']['commit'] or '')}"
+    _OUT.print(f"  config {_short(run['config_fingerprint'])}  code {code}")
+    _OUT.print(f"  model {plain(run['model']['name'])} {_short(run['model'].get('fingerprint'))}")
     for stage in run["stages"]:
-        _OUT.print(f"  [bold]{stage['name']}[/bold] {stage['seconds']:.1f} s")
+        _OUT.print(f"  [bold]{plain(stage['name'])}[/bold] {stage['seconds']:.1f} s")
         for arrow, items in (("←", stage["inputs"]), ("→", stage["outputs"])):
             for item in items[:20]:
                 rows = f"  {item['rows']:,} rows" if item["rows"] is not None else ""
@@ -219,7 +222,7 @@ def show_lineage(found: Json) -> None:
 def _show_row(found: Json) -> None:
     _OUT.print(f"[bold]row {found['doc_id']}[/bold]")
     for source in found["sources"]:
-        _OUT.print(f"  from {plain(source['uri'])} row {source['row']} (object sha256 {source['object_sha'][:12]})")
+        _OUT.print(f"  from {plain(source['uri'])} row {source['row']} (object sha256 {_short(source['object_sha'])})")
         line = source.get("line")
         _OUT.print(
             f"    {plain(line, width=400)}"
@@ -227,15 +230,15 @@ def _show_row(found: Json) -> None:
             else f"    [yellow]{plain(source['unavailable'])}[/yellow]"
         )
     for item in found["decisions"]:
-        fate = "kept" if item["kept"] else f"dropped ({item['reason']})"
+        fate = "kept" if item["kept"] else f"dropped ({plain(item['reason'])})"
         place = "no value" if item["value"] is None else f"value {item['value']:+.4f}, rank {item['rank']:,}"
-        _OUT.print(f"  run {item['run_id']}: {place}, {fate}")
+        _OUT.print(f"  run {plain(item['run_id'])}: {place}, {fate}")
     for export in found["exports"]:
         _OUT.print(f"  in export {plain(export)}")
-    _OUT.print(f"  model {plain(found['model']['name'])} {found['model'].get('fingerprint', '')[:12]}")
+    _OUT.print(f"  model {plain(found['model']['name'])} {_short(found['model'].get('fingerprint'))}")
     corpus = found["corpus"]
-    _OUT.print(f"  index {found['index_id'][:12]}, corpus {plain(corpus['name'])} version {corpus['version']}")
-    _OUT.print(f"  config {found['config_fingerprint'][:12]}, code {found['code']['version']}")
+    _OUT.print(f"  index {_short(found['index_id'])}, corpus {plain(corpus['name'])} version {corpus['version']}")
+    _OUT.print(f"  config {_short(found['config_fingerprint'])}, code {plain(found['code']['version'])}")
 
 
 def _changes(title: str, found: Json) -> Table:

@@ -130,8 +130,8 @@ class NoteShape:
 @dataclass(frozen=True, slots=True)
 class _Reference:
     uri: str
-    sha256: str | None = None
-    rows: Count | None = None
+    sha256: str | None
+    rows: Count | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class _Corpus:
 @dataclass(frozen=True, slots=True)
 class _Code:
     version: str
-    commit: str | None = None
+    commit: str | None
     fingerprint: str = ""
 
 

@@ -180,10 +180,10 @@ def _opened(uri: str, listed: SourceObject | None) -> Any:
         return filesystem.open(path, "rb", **options)
 
 
-def hash_object(uri: str) -> str:
-    """SHA-256 of the object's bytes, in hexadecimal."""
+def hash_object(uri: str, *, listed: SourceObject | None = None) -> str:
+    """SHA-256 of the object's bytes, in hexadecimal; of the file that was listed, where that is known."""
     digest = hashlib.sha256()
-    with open_object(uri) as file:
+    with open_object(uri, listed=listed) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -36,12 +36,12 @@ class Sources:
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "sources"
         self._folder.mkdir(parents=True)
-        self._seeds = sources()
+        self.seeds = sources()
 
     def pick(self, choose: random.Random) -> tuple[str, bytes]:
         """A name, and damaged bytes for it."""
-        name = choose.choice(sorted(self._seeds))
-        return name, mutated(self._seeds[name], choose)
+        name = choose.choice(sorted(self.seeds))
+        return name, mutated(self.seeds[name], choose)
 
     def run(self, name: str, data: bytes) -> Counter[str]:
         """What becomes of it."""
