@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rise_ops.blocks import FORMAT_KEY, block_key, read_block, read_stored
 from rise_ops.config import CorpusConfig, FieldMap, LimitsConfig
-from rise_ops.errors import IntegrityError, MissingObjectError, SourceError
+from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, SourceError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.objects import BlockCount, places_key, record_key, rows_key
 from rise_ops.readers import format_of, open_rows
@@ -308,25 +308,40 @@ def placements(store: Store, version: CorpusVersion, block_ids: Sequence[str]) -
         raise IntegrityError(f"block {min(wanted - held)} is not in corpus {version.corpus} version {version.version}")
     columns = ("block_id", "block_row", "source_uri", "source_row")
     here = pl.col("block_id").is_in(list(wanted))
-    scans = [
-        store.scan_parquet([places_key(record)]).filter(here).join(pl.LazyFrame({"source_uri": uris}), how="cross")
+    scans = {
+        places_key(record): store.scan_parquet([places_key(record)])
+        .filter(here)
+        .join(pl.LazyFrame({"source_uri": uris}), how="cross")
+        .select(columns)
         for record, uris in whole.items()
-    ]
+    }
     for pack, pairs in packed.items():
         places = pl.LazyFrame(pairs, schema={"object_sha": pl.String, "source_uri": pl.String}, orient="row")
-        scans.append(store.scan_parquet([places_key(pack)]).filter(here).join(places, on="object_sha"))
-    frames: list[pl.DataFrame] = []
-    try:
-        for start in range(0, len(scans), _SCANS_AT_ONCE):
-            few = [scan.select(columns) for scan in scans[start : start + _SCANS_AT_ONCE]]
-            frames += store.collected("objects", partial(pl.collect_all, few))
-    except (IntegrityError, MissingObjectError) as error:
-        raise IntegrityError(
-            f"corpus {version.corpus} version {version.version}: a record under {store.url('objects')} is missing or "
-            f"damaged ({error})"
-        ) from error
+        key = places_key(pack)
+        scans[key] = store.scan_parquet([key]).filter(here).join(places, on="object_sha").select(columns)
     empty = {"block_id": pl.String, "block_row": pl.UInt32, "source_uri": pl.String, "source_row": pl.Int64}
-    return pl.concat([pl.DataFrame(schema=empty), *frames]).sort(columns)
+    return pl.concat([pl.DataFrame(schema=empty), *_collected_places(store, scans)]).sort(columns)
+
+
+def _collected_places(store: Store, scans: Mapping[str, pl.LazyFrame]) -> Iterator[pl.DataFrame]:
+    """Many small tables, some at a time; where one is broken, one by one, so that it can be named."""
+    import polars as pl
+
+    keys = list(scans)
+    for start in range(0, len(keys), _SCANS_AT_ONCE):
+        few = keys[start : start + _SCANS_AT_ONCE]
+        try:
+            frames = store.collected(few[0], partial(pl.collect_all, [scans[key] for key in few]))
+        except (IntegrityError, MissingObjectError):
+            frames = [_places(store, key, scans[key]) for key in few]
+        yield from frames
+
+
+def _places(store: Store, key: str, scan: pl.LazyFrame) -> pl.DataFrame:
+    try:
+        return store.collected(key, scan.collect)
+    except (IntegrityError, MissingObjectError) as error:
+        raise DamagedError(f"{store.url(key)} is missing or damaged ({error}); run again", store.url(key)) from error
 
 
 def read_rows(uri: str, fields: FieldMap, limits: LimitsConfig) -> list[CanonicalRow]:

@@ -76,7 +76,8 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
 
 def _producer(signer: Signer) -> dict[str, str]:
     trunk = signer.trunk
-    return {"device": str(trunk.device), "dtype": str(trunk.dtype).removeprefix("torch.")}
+    halvings = {"out_of_memory": str(signer.halvings)} if signer.halvings else {}
+    return {"device": str(trunk.device), "dtype": str(trunk.dtype).removeprefix("torch."), **halvings}
 
 
 def _signatures(store: Store, identity: str, texts: Sequence[str], found: pl.DataFrame | None, *, dim: int,

@@ -143,6 +143,9 @@ class Signer:
         The tables belong to another model.
     """
 
+    halvings = 0
+    """How often the device ran out of memory and the micro-batch was halved."""
+
     def __init__(self, trunk: Trunk, sketch: SketchConfig, *, tables: SketchTables | None = None, memory: int) -> None:
         self.trunk = trunk
         self.sketch = sketch
@@ -150,8 +153,6 @@ class Signer:
         self._head = trunk.head(sketch, tables, max_logit_bytes=self.plan.logit_bytes)
         self.tables = self._head.tables
         self._max_chunks = self.plan.chunks
-        self.halvings = 0
-        """How often the device ran out of memory and the micro-batch was halved."""
 
     def __repr__(self) -> str:
         return f"Signer({self.trunk!r}, {self.sketch!r}, {self.plan!r})"

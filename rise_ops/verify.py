@@ -19,7 +19,7 @@ from typing import Any
 
 import polars as pl
 
-from rise_ops.blocks import RowBuffer, block_key, doc_ids, read_block, read_parquet
+from rise_ops.blocks import RowBuffer, block_key, doc_ids, read_block, read_stored
 from rise_ops.corpus import CorpusVersion, read_snapshot, read_version
 from rise_ops.damage import Damage, note_damage
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
@@ -149,7 +149,7 @@ def _files(store: Store, keys: Iterable[str], there: set[str], *, deep: bool) ->
             if key not in there:
                 return "is missing"
             if deep and key.endswith(".parquet"):
-                frame = read_parquet(store.get(key), where=store.url(key), known_format=RECORD_FORMAT)
+                frame = read_stored(store, key, known_format=RECORD_FORMAT)
                 if "text" in frame.columns and frame["doc_id"].to_list() != doc_ids(
                     frame["text"].to_list(), frame["prompt"].to_list()
                 ):
@@ -217,7 +217,7 @@ def _index_block(store: Store, identity: str, block_id: str, listing: IndexListi
 
 def _object(store: Store, key: str, is_right: Callable[[memoryview], bool]) -> _Check:
     def look() -> str | None:
-        return None if is_right(store.get_buffer(key)) else "does not match its checksum"
+        return None if is_right(store.get_buffer(key, size=store.size(key))) else "does not match its checksum"
 
     return _Check(key, AGAIN, look)
 
@@ -237,10 +237,10 @@ def _targets(store: Store, *, deep: bool) -> Iterator[_Check]:
 
 
 def _scores(store: Store) -> Iterator[_Check]:
-    for key, _ in sorted(store.list("scores")):
+    for key, size in sorted(store.list("scores")):
 
-        def look(key: str = key) -> None:
-            pl.read_parquet(io.BytesIO(store.get(key)))
+        def look(key: str = key, size: int = size) -> None:
+            pl.read_parquet(io.BytesIO(store.get_buffer(key, size=size)))
 
         yield _Check(key, AGAIN, look)
 
@@ -254,7 +254,7 @@ def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:
             def look(key: str = key, file: Json = file) -> str | None:
                 if store.size(key) != file["bytes"]:
                     return "is missing or has another size"
-                if deep and hashlib.sha256(store.get(key)).hexdigest() != file["sha256"]:
+                if deep and hashlib.sha256(store.get_buffer(key, size=file["bytes"])).hexdigest() != file["sha256"]:
                     return "does not match its checksum"
                 return None
 

@@ -199,4 +199,4 @@ def _stub_signer() -> Any:
     def rows(texts: list[str]) -> RowSignatures:
         return signed(len(texts), seed=len(texts[0]))
 
-    return SimpleNamespace(rows=rows, trunk=SimpleNamespace(device="cpu", dtype="torch.float32"))
+    return SimpleNamespace(rows=rows, halvings=0, trunk=SimpleNamespace(device="cpu", dtype="torch.float32"))
