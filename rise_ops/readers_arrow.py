@@ -38,17 +38,19 @@ DECODED_BYTES = 2**30
 
 _BATCH_ROWS = 2048
 _PIECE_BYTES = 4 * 2**20
+_MIXED_BYTES = 32 * 2**20
 _ITEM_BYTES = 32  # what a value of a list costs where one row holds them all
 _IPC_FILE_MAGIC = b"ARROW1"
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError, PageError, MessageError)
 
 
 @contextmanager
-def open_table(source: SourceObject, *, form: str, row_bytes: int) -> Iterator[TableReader]:
+def open_table(source: SourceObject, *, form: str, row_bytes: int, memory: int | None = None) -> Iterator[TableReader]:
     """A reader for one Parquet or Arrow object."""
+    most = DECODED_BYTES if memory is None else min(memory, DECODED_BYTES)
     with local_copy(source, spooled=form == "arrow") as (path, sha256), ExitStack() as stack:
         try:
-            table = (_parquet if form == "parquet" else _arrow)(source.uri, path, stack)
+            table = (_parquet if form == "parquet" else _arrow)(source.uri, path, stack, most)
         except _DAMAGE as error:
             raise _damaged(source.uri, error) from error
         total, names, types, batches = table
@@ -169,14 +171,14 @@ Table = tuple[int | None, list[str], list[str], Iterator[Any]]
 """Number of rows, columns, their types as text, batches."""
 
 
-def _parquet(uri: str, path: Path, stack: ExitStack) -> Table:
+def _parquet(uri: str, path: Path, stack: ExitStack, most: int) -> Table:
     # Without pre_buffer the file is read as it is decoded, not a whole row group at once.
     options: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}
     plain = stack.enter_context(pq.ParquetFile(path, **options))
     metadata, schema = plain.metadata, plain.schema_arrow
     leaves = [metadata.schema.column(place) for place in range(metadata.num_columns)]
     needs = page_needs(path, repeated=[leaf.max_repetition_level > 0 for leaf in leaves])
-    _refuse_size(uri, needs.bytes, "a page of every column")
+    _refuse_size(uri, needs.bytes, "a page of every column", most)
     Expansion(uri).add(needs.items * _ITEM_BYTES, stored=path.stat().st_size)
     texts = {
         leaf.path
@@ -185,20 +187,23 @@ def _parquet(uri: str, path: Path, stack: ExitStack) -> Table:
     }
     coded = [name for name in needs.dictionaries if name in texts]
     file = stack.enter_context(pq.ParquetFile(path, metadata=metadata, read_dictionary=coded, **options))
-    rows = _BATCH_ROWS
+    # a dictionary that is given back as one holds all values of a row group, also those that are not coded; where
+    # there are such, every value counts as the largest that an index could stand for
+    value = sum(size for name, size in needs.mixed.items() if name in texts)
+    rows = min(_BATCH_ROWS, _MIXED_BYTES // max(1, value))
     for group in range(metadata.num_row_groups):
         described = metadata.row_group(group)
         if described.total_byte_size > 0 and described.num_rows > 0:
             rows = min(rows, BATCH_BYTES * described.num_rows // described.total_byte_size)
     batches = file.iter_batches(batch_size=max(16, rows), use_threads=False)
-    return metadata.num_rows, *_described(schema), map(_verified, batches)
+    return metadata.num_rows, *_described(schema), map(_verified_codes, batches)
 
 
-def _arrow(uri: str, path: Path, stack: ExitStack) -> Table:
+def _arrow(uri: str, path: Path, stack: ExitStack, most: int) -> Table:
     mapped = stack.enter_context(pa.memory_map(str(path), "r"))
     if mapped.size() == 0:
         raise pa.ArrowInvalid("the file is empty")
-    _refuse_size(uri, decoded_bytes(path), "a compressed batch")
+    _refuse_size(uri, decoded_bytes(path), "a compressed batch", most)
     if mapped.read(len(_IPC_FILE_MAGIC)) == _IPC_FILE_MAGIC:
         file = stack.enter_context(pa.ipc.open_file(mapped))
         whole = (file.get_batch(place) for place in range(file.num_record_batches))
@@ -215,13 +220,25 @@ def _described(schema: Any) -> tuple[list[str], list[str]]:
 def _verified(batch: Any) -> Any:
     """A batch of which every offset and index is known to be good; text may still be other than UTF-8."""
     for column in batch.columns:
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid as error:
-            if "UTF8" not in str(error):
-                raise
-            _as_bytes(column).validate(full=True)
+        _verify(column)
     return batch
+
+
+def _verified_codes(batch: Any) -> Any:
+    """A batch of which the indices into dictionaries are known to be good; the rest comes from Arrow's decoder."""
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type) or pa.types.is_nested(column.type):
+            _verify(column)
+    return batch
+
+
+def _verify(column: Any) -> None:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+        _as_bytes(column).validate(full=True)
 
 
 def _as_bytes(column: Any) -> Any:
@@ -230,11 +247,12 @@ def _as_bytes(column: Any) -> Any:
     return column.view(as_bytes(column.type))
 
 
-def _refuse_size(uri: str, needed: int, what: str) -> None:
-    if needed > DECODED_BYTES:
+def _refuse_size(uri: str, needed: int, what: str, most: int) -> None:
+    if needed > most:
+        more = ", or raise limits.memory" if most < DECODED_BYTES else ""
         raise SourceError(
-            f"source {uri} needs {needed:,} bytes of memory to decode {what}, the most is {DECODED_BYTES:,}; write it "
-            "again with smaller pages or batches, or store it decompressed"
+            f"source {uri} needs {needed:,} bytes of memory to decode {what}, the most is {most:,}; write it again "
+            f"with smaller pages or batches, or store it decompressed{more}"
         )
 
 

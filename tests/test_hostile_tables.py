@@ -36,6 +36,26 @@ def test_an_index_outside_its_dictionary_is_damage(tmp_path: Path) -> None:
         read_all(write_ipc(tmp_path / "a.arrow", pa.record_batch([wrong], ["text"])))
 
 
+def test_an_index_of_parquet_outside_its_dictionary_is_damage(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b", "c", "a", "b", "c", "a", "b"]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="none")
+    whole, good = (tmp_path / "a.parquet").read_bytes(), b"\x02\x03\x24\x49"  # two bits each, packed
+    assert whole.count(good) == 1
+    (tmp_path / "a.parquet").write_bytes(whole.replace(good, b"\x02\x03\xff\xff"))
+    with pytest.raises(SourceError, match=r"a\.parquet is damaged after row 0"):
+        read_all(tmp_path / "a.parquet")
+
+
+def test_a_decimal_that_is_too_large_for_its_type_costs_one_row(tmp_path: Path) -> None:
+    prices = pa.array([1, 0x12345678, 3], pa.int32()).cast(pa.decimal128(10, 0)).cast(pa.decimal128(9, 0))
+    table = pa.table({"text": ["a", "b", "c"], "price": prices})
+    pq.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False, write_statistics=False)
+    whole, good = (tmp_path / "a.parquet").read_bytes(), b"\x12\x34\x56\x78"
+    assert whole.count(good) == 1
+    (tmp_path / "a.parquet").write_bytes(whole.replace(good, b"\x7f\xff\xff\xff"))
+    assert faults_of(tmp_path / "a.parquet") == ["", "bad_number", ""]
+
+
 def test_text_of_an_arrow_file_that_is_not_utf8_costs_one_row(tmp_path: Path) -> None:
     path = write_ipc(tmp_path / "a.arrow", pa.record_batch([pa.array(["good", "caf\u00e9", "fine"])], ["text"]))
     path.write_bytes(path.read_bytes().replace("caf\u00e9".encode(), b"caf\xff\xff"))
