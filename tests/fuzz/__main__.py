@@ -83,6 +83,8 @@ def _child(arguments: argparse.Namespace, folder: Path, *, seed: int, seconds: f
     command += ["--target", arguments.target, "--keep", str(arguments.keep), "--child", str(folder)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    if not (folder / "case").exists():
+        raise SystemExit(f"the fuzzer did not start:\n{done.stderr}")
     if done.returncode != 0:
         current = (folder / "case").read_bytes()
         name = (folder / "name").read_text()
