@@ -152,6 +152,17 @@ def prefect_harness() -> Iterator[None]:
         yield
 
 
+def prefect_child_environment() -> dict[str, str]:
+    """Variables that let another process use the server of `prefect_harness`, as lean as this one does."""
+    from prefect.settings import get_current_settings
+
+    return {
+        "PREFECT_API_URL": str(get_current_settings().api.url),
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "",
+    }
+
+
 def use_server(environment: pytest.MonkeyPatch, server: servers.S3Server) -> None:
     """Point this process at the server, as its owner."""
     for name, value in server.environment.items():

@@ -1,0 +1,68 @@
+"""A command of `curate` that is killed at a chosen step: `python -m tests.killed STEP curate-arguments…`.
+
+A step is the moment before or after a write to the store (odd: before, even: after it was done, before the
+program knows). At step STEP the process gets SIGKILL; 0 lets it run, and the number of steps is then written to
+stderr as `steps: N`. Blocks are small here, so that a few rows fill several.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import obstore
+
+from rise_ops import blocks, objects, packs
+
+MIN_ROWS = 8
+MASK = 15
+
+_lock = threading.Lock()
+_steps = 0
+
+
+def main() -> None:
+    """Arm the trap and run the command."""
+    at = int(sys.argv[1])
+    sys.argv[:2] = ["curate"]
+    blocks.MIN_ROWS = objects.MIN_ROWS = packs.MIN_ROWS = MIN_ROWS
+    blocks._MASK = MASK
+    _arm(at)
+    from flows.cli import main as curate
+
+    try:
+        curate()
+    finally:
+        sys.stderr.write(f"steps: {_steps}\n")
+
+
+def _arm(at: int) -> None:
+    put, put_async = obstore.put, obstore.put_async
+
+    def step() -> None:
+        global _steps
+        with _lock:
+            _steps += 1
+            if _steps == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        step()
+        done = put(*arguments, **options)
+        step()
+        return done
+
+    async def counted_async(*arguments: Any, **options: Any) -> Any:
+        step()
+        done = await put_async(*arguments, **options)
+        step()
+        return done
+
+    obstore.put, obstore.put_async = counted, counted_async
+
+
+if __name__ == "__main__":
+    main()
