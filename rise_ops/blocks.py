@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BLOCK_FORMAT = 1
 MIN_ROWS = 256
 MAX_ROWS = 4096
-MAX_BYTES = 32 * 2**20
+MAX_BYTES = 16 * 2**20
 """Canonical content of a block, in bytes, at which it ends."""
 
 _COLUMNS = ("doc_id", "text", "prompt", "text_field", "meta")

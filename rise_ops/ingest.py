@@ -9,8 +9,8 @@ completion record exists: a run that is killed leaves blocks that the next one f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ def _convert(
     if known is not None:
         _refuse_changed(source)
         return known, True
-    with open_rows(source, row_bytes=int(limits.row_bytes)) as reader, spooled_places() as (places, path):
+    reading = open_rows(source, row_bytes=int(limits.row_bytes), memory=int(limits.memory) // 4)
+    with reading as reader, spooled_places() as (places, path):
         conversion = _Conversion(store, places, corpus=corpus, limits=limits, dry=dry, on_rows=on_rows)
         conversion.run(reader, progress)
         places.close()

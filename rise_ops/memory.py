@@ -35,8 +35,8 @@ UPLOAD_BYTES = 64 * MIB
 
 _IDLE = 64 * MIB  # threads, allocators, code that is loaded on first use
 _CHUNK_BYTES = 16 * MIB
-_BLOCK_COPIES = 4  # a block's rows as Python strings, as Arrow columns, and as a compressed file
-_SELECT_IDLE = 96 * MIB  # the same, with Polars' joins
+_BLOCK_COPIES = 8  # a block's rows as Python strings of up to 4 bytes a sign, as Arrow columns, as a file
+_POLARS_IDLE = 96 * MIB  # the same, with Polars' joins and readers
 _READER_BYTES = 48 * MIB  # a decoded batch of table rows, and some megabytes of it as Python values
 _SLICE_BYTES = 1_536  # a row of decisions: its columns in Polars, joined with its place, and written
 _FUSED_BYTES = 64  # one of a query's best rows, merged and sorted by place
@@ -180,11 +180,11 @@ def select_memory(memory: int, *, rows: int, queries: int, aggregate: str) -> Se
     """
     fused = _FUSED_BYTES * queries * RRF_DEPTH if aggregate == "rrf" else 0
     smallest = 1_024
-    least = _SELECT_IDLE + max(fused + smallest * _SLICE_BYTES, UPLOAD_BYTES)
+    least = _POLARS_IDLE + max(fused + smallest * _SLICE_BYTES, UPLOAD_BYTES)
     _refuse("select", least, memory, 1, remedy="use fewer queries, or another aggregate" if fused else "")
-    slices = max(smallest, min(32_768, (memory - _SELECT_IDLE - fused) // 2 // _SLICE_BYTES))
-    sorts = (memory - _SELECT_IDLE) * 3 // 4 // RANK_BYTES
-    need = max(least, _SELECT_IDLE + max(fused + slices * _SLICE_BYTES, min(rows, sorts) * RANK_BYTES))
+    slices = max(smallest, min(32_768, (memory - _POLARS_IDLE - fused) // 2 // _SLICE_BYTES))
+    sorts = (memory - _POLARS_IDLE) * 3 // 4 // RANK_BYTES
+    need = max(least, _POLARS_IDLE + max(fused + slices * _SLICE_BYTES, min(rows, sorts) * RANK_BYTES))
     passes = max(1, -(-rows // sorts))
     text = f"{rows:,} rows in {passes:,} {'pass' if passes == 1 else 'passes'} of {min(rows, sorts):,}"
     return SelectMemory(_plan("select", text, need, memory, 1), slices, sorts)
@@ -198,13 +198,13 @@ def export_memory(memory: int) -> ExportMemory:
     LimitError
         A block of the largest size does not fit.
     """
-    block = _IDLE + max(UPLOAD_BYTES, 4 * MAX_BYTES)
-    group = min(16 * MIB, max(MIB, (memory - _IDLE) // 16))
-    need = max(block + _JSON_COPIES * MIB, _IDLE + _JSON_COPIES * group + UPLOAD_BYTES)
-    _refuse("export", block + _JSON_COPIES * MIB, memory, 1)
+    group = max(MIB, min(16 * MIB, (memory - _POLARS_IDLE - UPLOAD_BYTES) // (2 * _JSON_COPIES)))
+    rows = max(MIB, group // 4)
+    need = _POLARS_IDLE + max(_BLOCK_COPIES * MAX_BYTES + _JSON_COPIES * rows, _JSON_COPIES * group + UPLOAD_BYTES)
+    _refuse("export", need, memory, 1)
     slices = max(1_024, min(8_192, memory // (32 * 1_024)))
     text = f"{slices:,} decisions, blocks of at most {MAX_BYTES // MIB} MiB, row groups of {_mib(group)} MiB"
-    return ExportMemory(_plan("export", text, need, memory, 1), slices, group, group)
+    return ExportMemory(_plan("export", text, need, memory, 1), slices, rows, group)
 
 
 def stage_memory(config: CurationConfig, *, rows: int, queries: int) -> dict[str, StageMemory]:

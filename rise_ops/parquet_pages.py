@@ -10,7 +10,7 @@ because Arrow's own access to it ends the process where a column is encrypted.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,7 +37,10 @@ class PageNeeds(NamedTuple):
     items: int
     """The most values of a column with lists in one row group: a single row may hold them all."""
     dictionaries: tuple[str, ...]
-    """Columns of which some page holds indices into a dictionary."""
+    """Columns of which some page holds indices into a dictionary; all do, or the column lies in a list."""
+    mixed: Mapping[str, int]
+    """Columns outside of lists of which some pages hold indices and others values, as writers leave them whose
+    dictionary grew too large: bytes of the largest dictionary, which is the most that one value can have."""
 
 
 def page_needs(path: Path, *, repeated: Sequence[bool]) -> PageNeeds:
@@ -56,7 +59,9 @@ def page_needs(path: Path, *, repeated: Sequence[bool]) -> PageNeeds:
         Something is not what Parquet prescribes, lies outside the file, or is encrypted.
     """
     most = items = 0
-    dictionaries: dict[str, None] = {}
+    coded: dict[str, bool] = {}
+    plain: set[str] = set()
+    largest: dict[str, int] = {}
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for group in _row_groups(file, size):
@@ -66,10 +71,16 @@ def page_needs(path: Path, *, repeated: Sequence[bool]) -> PageNeeds:
                 needed += max((_number(header, 2) for header in headers), default=0)
                 if in_list:
                     items = max(items, sum(map(_values, headers)))
+                name = _path(column)
                 if any(map(_is_coded, headers)):
-                    dictionaries[_path(column)] = None
+                    coded[name] = in_list
+                if any(map(_is_plain, headers)):
+                    plain.add(name)
+                dictionary = max((_number(header, 2) for header in headers if 7 in header), default=0)
+                largest[name] = max(dictionary, largest.get(name, 0))
             most = max(most, needed)
-    return PageNeeds(most, items, tuple(dictionaries))
+    mixed = {name: largest[name] for name, in_list in coded.items() if name in plain and not in_list}
+    return PageNeeds(most, items, tuple(name for name in coded if name not in mixed), mixed)
 
 
 def _row_groups(file: BinaryIO, size: int) -> Iterator[list[Header]]:
@@ -140,6 +151,11 @@ def _values(header: Header) -> int:
 def _is_coded(header: Header) -> bool:
     parts = ((header.get(field), place) for field, place in _DATA_PAGES.items())
     return any(isinstance(part, dict) and part.get(place) in _DICTIONARY_CODES for part, place in parts)
+
+
+def _is_plain(header: Header) -> bool:
+    parts = ((header.get(field), place) for field, place in _DATA_PAGES.items())
+    return any(isinstance(part, dict) and part.get(place) not in _DICTIONARY_CODES for part, place in parts)
 
 
 class _Thrift:

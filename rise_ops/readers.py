@@ -103,7 +103,7 @@ def format_of(uri: str) -> Format:
     return Format({"ndjson": "jsonl", "feather": "arrow"}.get(name, name), match["codec"] or "")
 
 
-def open_rows(source: SourceObject, *, row_bytes: int) -> AbstractContextManager[Reader]:
+def open_rows(source: SourceObject, *, row_bytes: int, memory: int | None = None) -> AbstractContextManager[Reader]:
     """A reader for one object, closed with the context.
 
     Parameters
@@ -112,6 +112,8 @@ def open_rows(source: SourceObject, *, row_bytes: int) -> AbstractContextManager
         The object, as listed.
     row_bytes
         Longest row; a longer one comes out as a `too_long` fault and is never held whole.
+    memory
+        Bytes that a page of every column of a table, or one of its batches, may have; by default a GiB.
 
     Raises
     ------
@@ -122,7 +124,7 @@ def open_rows(source: SourceObject, *, row_bytes: int) -> AbstractContextManager
     if form.name in ("parquet", "arrow"):
         from rise_ops.readers_arrow import open_table
 
-        return open_table(source, form=form.name, row_bytes=row_bytes)
+        return open_table(source, form=form.name, row_bytes=row_bytes, memory=memory)
     return _open_text(source, form, row_bytes)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from rise_ops.config import CurationConfig, LimitsConfig, SketchConfig
-from rise_ops.errors import LimitError
+from rise_ops.errors import LimitError, SourceError
 from rise_ops.memory import (
     MIB,
     TILE_ROWS,
@@ -20,8 +21,10 @@ from rise_ops.memory import (
     task_limits,
     value_memory,
 )
+from rise_ops.readers import open_rows
 from rise_ops.store import Store
 from tests.benchmarks.memory import STAGES, Measured, Setting, measure, write_pool
+from tests.corpora import ingest_path, listed
 from tests.curation import load, write_curation
 
 LIMIT = 256 * MIB
@@ -133,14 +136,23 @@ def test_a_stage_logs_its_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     config: CurationConfig = load(write_curation(tmp_path))
     with caplog.at_level(logging.INFO, logger="rise_ops"):
         ingest_corpus(Store(config.store), config, run_id="run")
-    assert "ingest: a block of at most 32 MiB" in caplog.text
+    assert "ingest: a block of at most 16 MiB" in caplog.text
 
 
 def test_too_little_memory_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    from tests.corpora import ingest_path
-
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     limits = LimitsConfig().model_copy(update={"memory": MIB})
     with pytest.raises(LimitError, match="ingest needs"):
         ingest_path(Store(str(tmp_path / "store")), tmp_path / "a.jsonl", limits=limits)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_table_whose_pages_are_larger_than_memory_allows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    # one page of 20 MiB: it ends after 1,024 values at the earliest
+    pl.DataFrame({"text": [str(row).zfill(20_000) for row in range(1_024)]}).write_parquet(path, use_pyarrow=True)
+    store = Store(str(tmp_path / "store"))
+    named = r"to decode a page of every column, .* or raise limits\.memory"
+    with pytest.raises(SourceError, match=named), open_rows(listed(path), row_bytes=MIB, memory=16 * MIB):
+        pass
+    assert ingest_path(store, path).rows == 1_024
