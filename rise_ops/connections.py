@@ -1,8 +1,9 @@
 """What the clients of buckets are told: endpoint, region, and the budget of `rise_ops.retry`.
 
 Stores are reached through obstore, their tables also by Polars itself, sources through fsspec. The three name
-their settings differently and mean the same; here they get the same. Everything comes from the usual `AWS_*`
-variables when a connection is made.
+their settings differently and mean the same; here they get the same. (The client of sources on S3 knows no limit for
+the whole of a try: there, `try_seconds` is the longest silence. Other sources keep the limits of their own clients.)
+Everything comes from the usual `AWS_*` variables when a connection is made.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ import torch
 from prefect.states import Failed
 
 from rise_ops import retry, signatures
+from rise_ops.blocks import block_key, read_block
 from rise_ops.config import ModelConfig, SketchConfig
 from rise_ops.connections import obstore_options, polars_options, s3fs_options
 from rise_ops.demo.corpus import MODEL_FOLDER
-from rise_ops.errors import CurationError, StoreError, TransientError, is_transient
+from rise_ops.errors import CurationError, DamagedError, StoreError, TransientError, is_transient
 from rise_ops.retry import BUDGET, Budget
 from rise_ops.signatures import Signer
 from rise_ops.store import Store
@@ -138,6 +139,20 @@ def test_a_body_that_is_shorter_than_listed_is_not_ingested(behind: FaultProxy, 
     lie = Rule(Fault.SHORT_LENGTH, "GET", "rows.jsonl")
     with behind.spoiling(lie), pytest.raises(TransientError, match=r"ended after 2,\d+ of 2,624 bytes"):
         ingest_path(Store(str(tmp_path / "store")), place.url("rows.jsonl"))
+
+
+@pytest.mark.s3
+def test_what_is_damaged_in_the_store_is_damage_at_once(behind: FaultProxy, world: World) -> None:
+    """Two looks tell a stored object that is damaged from one that was damaged on its way."""
+    store = Store(f"s3://tests/{os.urandom(6).hex()}")
+    key = block_key(world.indexed.blocks[0])
+    whole = Store(world.store).get(key)
+    store.create(key, whole[: len(whole) // 2])
+    watch = Rule(None, "GET", key)
+    with behind.spoiling(watch), pytest.raises(DamagedError, match=r"is damaged.*run again") as caught:
+        read_block(store, world.indexed.blocks[0])
+    assert caught.value.where == store.url(key)
+    assert watch.spoilt.total() == 3  # twice, and once to see that nothing was cut
 
 
 @pytest.mark.s3
