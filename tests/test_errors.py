@@ -29,7 +29,7 @@ def test_only_a_wrong_configuration_exits_2(kind: type[CurationError]) -> None:
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_only_transient_errors_are_tried_again(kind: type[Exception]) -> None:
-    assert is_transient(kind("x")) == (kind is TransientError)
+    assert is_transient(kind("x", "where")) == (kind is TransientError)
 
 
 def test_a_missing_object_is_an_error_of_the_store() -> None:
