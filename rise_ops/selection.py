@@ -109,7 +109,8 @@ def decide(store: Store, version: CorpusVersion, *, run_id: str, parts: Sequence
 
 
 def _valued_rows(store: Store, version: CorpusVersion, parts: Sequence[Part], weights: Mapping[str, float],
-                 targets: Sequence[str], aggregate: Aggregate, plan: SelectMemory) -> Iterator[pl.DataFrame]:  # fmt: skip
+                 targets: Sequence[str], aggregate: Aggregate, plan: SelectMemory,
+                 ) -> Iterator[pl.DataFrame]:  # fmt: skip
     """Scores joined with places and values, a slice at a time, in corpus order."""
     scores = [f"score_{name}" for name in targets]
     value = pl.sum_horizontal([pl.lit(weights[name]) * pl.col(f"score_{name}") for name in weights], ignore_nulls=False)

@@ -19,7 +19,6 @@ from rise_ops.store import Store
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
 
-
 _logger = logging.getLogger(__name__)
 
 

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from rise_ops.attribution import find_extremes
 from rise_ops.errors import ConfigError, IntegrityError, SelectionError
-from rise_ops.evaluation import Evaluation, Label, average_precision, evaluate, evaluate_run, roc_area
+from rise_ops.evaluation import (
+    Evaluation,
+    Label,
+    average_precision,
+    count_labels,
+    evaluate,
+    evaluate_run,
+    roc_area,
+)
 from rise_ops.index import write_block
 from rise_ops.session import block_rows
 from rise_ops.signatures import RowSignatures
@@ -171,6 +179,15 @@ def test_a_run_is_evaluated_where_both_sides_have_labels(
     assert found is not None
     assert json.loads(json.dumps(found))["good"]["queries"] == len(queries)
     assert set(found["good"]["top_k"]) == {"5", "10", "50"}
+
+
+def test_labels_are_counted_without_keeping_all_of_them(tmp_path: Path) -> None:
+    rows = [{"id": f"{number:04d}"} for number in range(500)] + [{"id": "0007"}, {"id": None}]
+    indexed = _ladder(tmp_path, rows)
+    counts = count_labels(indexed.store, indexed.blocks, "id", ["0007", "0499", "none"])
+    assert counts.rows == 502
+    assert counts.wanted == {"0007": 2, "0499": 1, "none": 0}
+    assert counts.first == [f"{number:04d}" for number in range(5)]
 
 
 def test_a_damaged_target_is_noticed(tmp_path: Path) -> None:

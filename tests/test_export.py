@@ -45,7 +45,7 @@ def _export(indexed: Indexed, *, run_id: str = "run", keep: Mapping[str, Any] | 
     return export_rows(
         indexed.store, indexed.version, run_id=run_id, name="out", config=ExportConfig(**config), lineage=LINEAGE,
         memory=2**30,
-    )
+    )  # fmt: skip
 
 
 def _data(store: Store, made: Export) -> dict[str, bytes]:

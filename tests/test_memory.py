@@ -21,6 +21,7 @@ from rise_ops.memory import (
     task_limits,
     value_memory,
 )
+from rise_ops.plan import plan_run
 from rise_ops.readers import open_rows
 from rise_ops.store import Store
 from tests.benchmarks.memory import STAGES, Measured, Setting, measure, write_pool
@@ -128,6 +129,16 @@ def test_the_advice_is_enough() -> None:
             ingest_memory(MIB, tasks=workers)
         named = int(str(caught.value).split("limits.memory to ")[1].split("MiB")[0].replace(",", ""))
         ingest_memory(named * MIB // workers, tasks=workers)
+
+
+def test_the_plan_of_a_run_has_a_line_for_each_stage(tmp_path: Path) -> None:
+    planned = plan_run(load(write_curation(tmp_path)))
+    assert planned["peak_memory_bytes"] > 0
+    assert list(planned["memory"]) == list(STAGES)
+    for name, plan in planned["memory"].items():
+        assert plan["text"].startswith(f"{name}: ")
+        assert plan["text"].endswith("of 8,192 MiB")
+        assert 0 < plan["bytes"] <= 8 * 2**30
 
 
 def test_a_stage_logs_its_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
