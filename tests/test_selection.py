@@ -11,10 +11,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+from rise_ops import selection
 from rise_ops.config import KeepConfig
 from rise_ops.errors import IntegrityError, LimitError, SelectionError
+from rise_ops.memory import SelectMemory, StageMemory
 from rise_ops.selection import Selection, decide, decisions_key
 from rise_ops.store import Store
+from rise_ops.valuation import Aggregate
 from tests.corpora import corpus_of, make_rows, write_as
 from tests.indexed import Indexed, index_corpus, index_rows, make_target, score_parts
 
@@ -35,9 +38,9 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     return index_corpus(Store(str(folder / "store")), corpus_of(folder / "raw/*.jsonl"), silent=SILENT)
 
 
-def _decide(indexed: Indexed, name: str, keep: Mapping[str, Any], *, memory: int = 2**30,
+def _decide(indexed: Indexed, name: str, keep: Mapping[str, Any], *, memory: int = 2**30, aggregate: Aggregate = "mean",
             ) -> tuple[Selection, pl.DataFrame]:  # fmt: skip
-    parts = score_parts(indexed, TARGET, run_id=name, size=2)
+    parts = score_parts(indexed, TARGET, run_id=name, size=2, aggregate=aggregate)
     selection = decide(
         indexed.store,
         indexed.version,
@@ -45,7 +48,7 @@ def _decide(indexed: Indexed, name: str, keep: Mapping[str, Any], *, memory: int
         parts=parts,
         weights={"good": 1.0},
         targets=["good"],
-        aggregate="mean",
+        aggregate=aggregate,
         keep=KeepConfig(**keep),
         memory=memory,
     )
@@ -191,3 +194,18 @@ def test_places_are_those_of_the_sources(indexed: Indexed) -> None:
         if lines is not None:
             ordered = group.sort("source_row")
             np.testing.assert_array_equal(ordered["text"].to_list(), lines["text"].to_list())
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "rrf"])
+def test_decisions_do_not_depend_on_memory(
+    indexed: Indexed, monkeypatch: pytest.MonkeyPatch, aggregate: Aggregate
+) -> None:
+    """However few rows are joined, sorted and written at a time."""
+    keep = {"rows": 900, "fraction": 0.6, "tokens": 15_000, "min_value": -0.1}
+    _, whole = _decide(indexed, f"whole-{aggregate}", keep, aggregate=aggregate)
+    for sort_rows, slice_rows in ((1, 100), (7, 33), (300, 1)):
+        plan = SelectMemory(StageMemory("select", 0, ""), slice_rows=slice_rows, sort_rows=sort_rows)
+        monkeypatch.setattr(selection, "select_memory", lambda *_, plan=plan, **__: plan)
+        monkeypatch.setattr(selection, "_GROUP_ROWS", 50)
+        _, parts = _decide(indexed, f"parts-{aggregate}-{sort_rows}", keep, aggregate=aggregate)
+        assert parts.equals(whole)
