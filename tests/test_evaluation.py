@@ -182,7 +182,8 @@ def test_a_run_is_evaluated_where_both_sides_have_labels(
 
 
 def test_labels_are_counted_without_keeping_all_of_them(tmp_path: Path) -> None:
-    rows = [{"id": f"{number:04d}"} for number in range(500)] + [{"id": "0007"}, {"id": None}]
+    rows: list[dict[str, Any]] = [{"id": f"{number:04d}"} for number in range(500)]
+    rows += [{"id": "0007"}, {"id": None}]
     indexed = _ladder(tmp_path, rows)
     counts = count_labels(indexed.store, indexed.blocks, "id", ["0007", "0499", "none"])
     assert counts.rows == 502
