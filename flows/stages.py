@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from rise_ops.batches import split
 from rise_ops.config import CurationConfig
+from rise_ops.errors import DamagedError
 from rise_ops.memory import task_limits
 from rise_ops.parts import valuation_folder
 from tasks.index import count_tokens, open_model, plan_index, sketch
@@ -21,6 +23,7 @@ from tasks.value import plan_value, select_rows, sign_queries, value_blocks
 Json = dict[str, Any]
 Runner = TaskRunner[Any]
 
+_MENDINGS = 3
 _INGEST_BYTES = 256 * 2**20
 _SKETCH_ROWS = 4 * 2_048
 _VALUE_ROWS = 4 * 2_048
@@ -31,17 +34,32 @@ def task_runner(config: CurationConfig) -> ThreadPoolTaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=config.runner.workers)
 
 
-def check(runner: Runner, config: CurationConfig, *, model: bool, targets: bool) -> None:
-    """Fail before anything is paid for."""
-    run_all(runner, preflight, [{"config": config, "model": model, "targets": targets}], store_uri=config.store)
+def mending(run: Recorder, stages: Callable[[], None]) -> None:
+    """Run stages. Where one meets a broken object that can be made again, they run once more: `check` makes room."""
+    for _ in range(_MENDINGS):
+        try:
+            stages()
+            return
+        except DamagedError as error:
+            if not run.mend(error):
+                raise
+    stages()
+
+
+def check(run: Recorder, runner: Runner, config: CurationConfig, *, model: bool, targets: bool) -> None:
+    """Fail before anything is paid for, and make room for what was found broken in the store."""
+    call = {"config": config, "model": model, "targets": targets}
+    (checked,) = run_all(runner, preflight, [call], store_uri=config.store)
+    run.record["healed"] = [*run.record.get("healed", []), *checked["healed"]]
 
 
 def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool = False) -> Json:
     """Bring the corpus' current version up to date with its sources; deep: whatever their listing says."""
     common = {"corpus": config.corpus, "limits": task_limits(config)}
-    looking = {**common, "deep": deep}
+    healed = bool(run.record["healed"])
+    looking = {**common, "deep": deep, "fresh": deep or healed}
     with run.stage("ingest") as stage:
-        (seen,) = run_all(runner, survey, [looking], store_uri=config.store)
+        (seen,) = run_all(runner, survey, [{**common, "deep": deep, "healed": healed}], store_uri=config.store)
         batches = split(seen["read"], [max(0, item["size"]) for item in seen["read"]], target=_INGEST_BYTES)
         done = run_all(
             runner, ingest_objects, [{"objects": batch, **looking} for batch in batches], store_uri=config.store
@@ -71,7 +89,7 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
     call = {"config": config, "version": corpus["version"], "run_id": run.run_id}
     with run.stage("index") as stage:
         (plan,) = run_all(runner, plan_index, [call], store_uri=config.store)
-        if plan["rows_to_sketch"]:
+        if plan["rows_to_sketch"] or not plan["is_described"]:
             (model,) = run_all(runner, open_model, [{"config": config}], store_uri=config.store)
             run.record["model"] |= {name: model[name] for name in ("parameters", "dtype", "device")}
         common = {name: plan[name] for name in ("index_id", "reuse")} | {"rows": sum(plan["missing_rows"])}

@@ -10,7 +10,6 @@ here (same host, same boot, same process namespace), else until it is EXPIRY_SEC
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rise_ops.errors import ConflictError, CurationError, MissingObjectError
+from rise_ops.errors import ConflictError, CurationError, IntegrityError, MissingObjectError
 from rise_ops.store import Store
 
 BEAT_SECONDS = 240.0
@@ -132,11 +131,11 @@ def _beat(store: Store, name: str, keys: list[str], ended: threading.Event) -> N
 
 def _living(store: Store, key: str, name: str, age: float) -> Sign | None:
     try:
-        who = json.loads(store.get(key))
+        who = store.get_json(key)
         sign = Sign(name, str(who["host"]), int(who["process"]), age)
     except MissingObjectError:
         return None  # ended just now
-    except (ValueError, KeyError, TypeError):
+    except (IntegrityError, ValueError, KeyError, TypeError):
         return Sign(name, "unknown", 0, age)
     here = _myself()
     same_place = all(who.get(part) == here[part] for part in ("host", "boot", "namespace"))

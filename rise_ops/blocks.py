@@ -1,9 +1,10 @@
 """Blocks: runs of canonical rows, cut by content and named by content.
 
 A block ends at a row whose `doc_id`, read as an integer, has its low 11 bits zero (every 2,048th row on
-average), but holds at least 256 and at most 4,096 rows; it also ends at the row that brings its content to
-`MAX_BYTES`, so that a block of very long rows still fits in memory. Cutting starts afresh at each source
-object. Inserting, changing or removing a row therefore touches one block or two, not all that follow.
+average), but holds at least 256 and at most 4,096 rows. A block of long rows ends before: from 4 MiB on, at a row
+whose `doc_id`, modulo 4 MiB, is below the row's size (once in 4 MiB on average), and at 16 MiB (`MAX_BYTES`) in any
+case, so that it fits in memory. Cutting starts afresh at each source object. Inserting, changing or removing a row
+therefore touches one block or two, not all that follow.
 
     block_id = sha256 over the lines  doc_id TAB json(text_field) TAB meta NEWLINE  of its rows, in order
 
@@ -45,15 +46,19 @@ _TYPES = dict.fromkeys((*_COLUMNS, "block_id", "object_sha"), "String") | {
 
 _MASK = 2047
 _BATCH_ROWS = 64  # a page ends between batches: with Arrow's 1,024 rows, one of long texts would be as large as all
+_LARGE_BYTES = MAX_BYTES // 4
+_HIGH_DIGITS = 12
 _LOW_DIGITS = 3  # of the hexadecimal doc_id: twelve bits, of which eleven are looked at
 
 FORMAT_KEY = "rise_ops.format_version"
 """Key of the format version in a Parquet file's metadata."""
 
 
-def ends_block(doc_id: str, *, rows: int, size: int) -> bool:
-    """Whether a block of `rows` rows and `size` bytes ends with the row `doc_id`."""
+def ends_block(doc_id: str, *, rows: int, size: int, row_size: int = 0) -> bool:
+    """Whether a block of `rows` rows and `size` bytes ends with the row `doc_id`, which has `row_size` of them."""
     if rows >= MAX_ROWS or size >= MAX_BYTES:
+        return True
+    if size >= _LARGE_BYTES and int(doc_id[:_HIGH_DIGITS], 16) % _LARGE_BYTES < row_size:
         return True
     return rows >= MIN_ROWS and int(doc_id[-_LOW_DIGITS:], 16) & _MASK == 0
 
@@ -217,9 +222,7 @@ def parquet_bytes(columns: dict[str, Any], schema: Any, *, format_version: int =
     return written
 
 
-def read_stored(
-    store: Store, key: str, *, known_format: int, columns: Sequence[str] | None = None
-) -> pl.DataFrame:
+def read_stored(store: Store, key: str, *, known_format: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """A Parquet object of the store, read whole.
 
     Raises

@@ -108,6 +108,8 @@ class CorpusVersion:
     """Source columns and their Arrow types; "json" where formats differ or have none."""
     sources: tuple[SourceEntry, ...]
     """Sorted by uri."""
+    snapshot_crc32c: int | None = None
+    """Checksum of the stored snapshot."""
 
     def to_json(self) -> dict[str, Any]:
         """As stored."""
@@ -117,7 +119,7 @@ class CorpusVersion:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CorpusVersion:
         """Inverse of `to_json`."""
-        plain = {name: value[name] for name in cls.__slots__ if name != "sources"}
+        plain = {name: value[name] for name in cls.__slots__ if name in value and name != "sources"}
         return cls(**plain, sources=tuple(SourceEntry.from_json(entry) for entry in value["sources"]))
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from rise_ops.corpus import version_key
 from rise_ops.errors import DamagedError, IntegrityError
+from rise_ops.export import manifest_key
 from rise_ops.hashing import sha256_hex
 from rise_ops.index import read_record
 from rise_ops.shapes import NoteShape
@@ -88,7 +89,7 @@ def _doomed(store: Store, key: str) -> list[str]:
         return sorted(around, key=lambda name: not name.endswith(".json"))
     if folder == "exports":
         name, version, *_ = key.split("/")[1:]
-        return [f"exports/{name}/{version}/manifest.json", key]
+        return [manifest_key(name, version), key]
     if folder == "indexes":
         index = "/".join(key.split("/")[:2])
         if "/tables.zarr/" in key:

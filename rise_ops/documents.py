@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any
 
+import google_crc32c
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rise_ops.errors import DamagedError, IntegrityError
@@ -21,8 +22,17 @@ from rise_ops.hashing import canonical_json
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 """A number of things."""
 
+_SEAL = re.compile(rb',?"checksum":"crc32c:([0-9a-f]{8})"\}\n\Z')
+_SEAL_BYTES = 40
 _LARGE = re.compile(rb"[0-9]{19}|[eE]\+?[0-9]{3}|NaN|Infinity")
 """What every number beyond 64 bits has in its text, and what JSON has no number for."""
+
+
+def sealed(value: Any) -> bytes:
+    """A JSON object as it is stored: canonical, with the CRC-32C of the text without it as its last key, `checksum`."""
+    text = canonical_json(value).encode()
+    comma = b"" if text == b"{}" else b","
+    return b'%s%s"checksum":"crc32c:%08x"}\n' % (text[:-1], comma, google_crc32c.value(text))
 
 
 def document(
@@ -55,6 +65,7 @@ def document(
     IntegrityError
         It was written in a newer format.
     """
+    data = _unsealed(data, where)
     value = _validated(Any, data, where, "is not valid JSON")
     if not isinstance(value, dict):
         raise _damaged(where, "does not hold a JSON object")
@@ -74,6 +85,17 @@ def document(
                 where, f"says that its {name} is {str(value.get(name))[:100]!r}, its place says {expected!r}"
             )
     return value
+
+
+def _unsealed(data: bytes, where: str) -> bytes:
+    """The document without its checksum, which must be right where there is one."""
+    found = _SEAL.search(data, max(0, len(data) - _SEAL_BYTES))
+    if found is None:
+        return data
+    text = data[: found.start()] + b"}"
+    if google_crc32c.value(text) != int(found[1], 16):
+        raise _damaged(where, "does not match its own checksum")
+    return text
 
 
 def _refuse_infinite(data: bytes, value: Any, where: str) -> None:

@@ -6,7 +6,8 @@
     exports/<name>/<version>/manifest.json    written last: files with rows, bytes and SHA-256
 
 Without a manifest an export does not exist: `list_exports` does not name it. Versions are 0001, 0002, …,
-claimed by exclusive create; exporting the same decisions in the same way again returns the version there is.
+claimed by exclusive create; exporting the same decisions in the same way again returns the version there is, or
+finishes the one that an interrupted run began.
 
 Each row has its original columns (in Parquet with the types of `rise_ops.columns`), then doc_id, value,
 source_uri and source_row. An original column with one of these four names is exported as `original_<name>`,
@@ -19,7 +20,6 @@ import hashlib
 import io
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -31,12 +31,14 @@ import polars as pl
 from rise_ops.columns import ColumnTypes
 from rise_ops.config import ExportConfig
 from rise_ops.corpus import CorpusVersion, read_block
-from rise_ops.errors import ConflictError, IntegrityError
+from rise_ops.errors import ConflictError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.heap import steady_heap
 from rise_ops.memory import ExportMemory, export_memory
 from rise_ops.progress import Progress, silent
 from rise_ops.selection import decisions_key
+from rise_ops.shapes import ClaimShape, ManifestShape
+from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_file, iter_table
 
@@ -47,6 +49,7 @@ _SLICE_ROWS = 8_192
 _GROUP_ROWS = 8_192
 """A row group ends here, or where its rows have `ExportMemory.group_bytes` as JSON."""
 _CLAIM_ATTEMPTS = 20
+_RANGE_BYTES = 8 * 2**20
 _logger = logging.getLogger(__name__)
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -83,13 +86,26 @@ class Export:
 def list_exports(store: Store, name: str | None = None) -> list[dict[str, Any]]:
     """Manifests of all finished exports, oldest first within a name."""
     names = store.children("exports") if name is None else [name]
-    manifests = []
-    for each in names:
-        for version in store.children(f"exports/{each}"):
-            key = f"exports/{each}/{version}/manifest.json"
-            if store.exists(key):
-                manifests.append(store.get_json(key, format_version=FORMAT_VERSION))
-    return manifests
+    versions = ((each, version) for each in names for version in store.children(f"exports/{each}"))
+    return [read_manifest(store, *each) for each in versions if store.exists(manifest_key(*each))]
+
+
+def manifest_key(name: str, version: str) -> str:
+    """Where the manifest of an export is in the store."""
+    return f"exports/{name}/{version}/manifest.json"
+
+
+def read_manifest(store: Store, name: str, version: str) -> dict[str, Any]:
+    """The manifest of a finished export.
+
+    Raises
+    ------
+    MissingObjectError, IntegrityError, StoreError, TransientError
+    """
+    expected = {"name": name, "version": version}
+    return store.get_json(
+        manifest_key(name, version), format_version=FORMAT_VERSION, shape=ManifestShape, holds=expected
+    )
 
 
 def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str, config: ExportConfig,
@@ -116,16 +132,22 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
     steady_heap()
     plan = export_memory(memory)
     _logger.info("%s", plan.plan.text)
-    with tempfile.TemporaryDirectory(prefix="curate-") as folder:
+    with spool() as folder:
         kept = Path(folder) / "kept.parquet"
         _spool_kept(store, run_id, kept, rows=plan.slice_rows)
         content = fingerprint([_content(kept), config.model_dump(mode="json"), lineage["identity"]])
         for manifest in list_exports(store, name):
-            if manifest["content"] == content:
+            if manifest["content"] == content and not _reopen_broken(store, manifest):
                 return Export(name, manifest["version"], manifest["rows"], len(manifest["files"]), reused=True)
-        number = _claim(store, name, {**lineage, "run_id": run_id, "content": content})
-        prefix = f"exports/{name}/{number}"
-        files = list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
+        claim = {**lineage, "run_id": run_id, "content": content}
+        number = _unfinished(store, name, content) or _claim(store, name, claim)
+        try:
+            prefix = f"exports/{name}/{number}"
+            files = list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
+        except ConflictError:  # begun by another version of this program, or under another memory limit
+            number = _claim(store, name, claim)
+            prefix = f"exports/{name}/{number}"
+            files = list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
     rows = sum(file.rows for file in files)
     store.create(f"{prefix}/README.md", dataset_card(name, number, rows, config, lineage, run_id).encode())
     manifest = {
@@ -173,6 +195,28 @@ Columns: those of the source rows, then `doc_id` (identity of the text), `value`
 targets; higher is better), `source_uri` and `source_row` (where the row stood; rows count from 0).
 `manifest.json` holds the checksums of the files.
 """
+
+
+def _unfinished(store: Store, name: str, content: str) -> str | None:
+    """A version that a run claimed for the same content and did not finish: this one goes on with it."""
+    for version in reversed(store.children(f"exports/{name}")):
+        key = f"exports/{name}/{version}"
+        if store.exists(f"{key}/lineage.json") and not store.exists(f"{key}/manifest.json"):
+            claimed = store.get_json(f"{key}/lineage.json", format_version=FORMAT_VERSION, shape=ClaimShape)
+            if claimed["content"] == content:
+                return version
+    return None
+
+
+def _reopen_broken(store: Store, manifest: Mapping[str, Any]) -> bool:
+    """Whether an export lacks files; then it is unpublished first, and files of a wrong size are removed."""
+    folder = f"exports/{manifest['name']}/{manifest['version']}"
+    sizes = dict(store.list(folder))
+    wrong = [file for file in manifest["files"] if sizes.get(f"{folder}/{file['path']}") != file["bytes"]]
+    if wrong:
+        store.delete([f"{folder}/manifest.json"])
+        store.delete([f"{folder}/{file['path']}" for file in wrong])
+    return bool(wrong)
 
 
 def _claim(store: Store, name: str, lineage: Mapping[str, Any]) -> str:
@@ -257,10 +301,20 @@ def _write_lines(lines: Iterator[bytes], path: Path) -> int:
 
 def _publish(store: Store, key: str, path: Path, rows: int) -> ExportedFile:
     digest, size = _sha256_file(path), path.stat().st_size
-    if not store.create_from_file(key, path):
-        raise IntegrityError(f"{store.url(key)} exists already; another program writes into this export")
+    if not store.create_from_file(key, path) and not _holds(store, key, digest, size):
+        raise ConflictError(f"{store.url(key)} was written by another run, with other bytes; run again")
     path.unlink()
     return ExportedFile("/".join(key.split("/")[3:]), rows, size, digest)
+
+
+def _holds(store: Store, key: str, sha256: str, size: int) -> bool:
+    """Whether an object has these bytes: a file that was written before."""
+    if store.size(key) != size:
+        return False
+    digest = hashlib.sha256()
+    for start in range(0, size, _RANGE_BYTES):
+        digest.update(store.get_range(key, start, min(_RANGE_BYTES, size - start)))
+    return digest.hexdigest() == sha256
 
 
 def _spool_kept(store: Store, run_id: str, path: Path, *, rows: int) -> None:

@@ -22,10 +22,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from rise_ops.checksums import crc32c
 from rise_ops.config import ModelConfig, SketchConfig
 from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError
 from rise_ops.hashing import fingerprint
@@ -38,7 +38,6 @@ CHUNK_BYTES = 16 * 2**20
 """Part of the format: blocks chunked otherwise read as incomplete."""
 _READERS = 16
 _CHUNKS_AT_ONCE = 2
-_CRC_BYTES = 2**18
 
 Float16Array = npt.NDArray[np.float16]
 
@@ -270,14 +269,6 @@ def checksums(store: Store, group_key: str) -> dict[str, int]:
     return {
         key.removeprefix(prefix): crc32c(store.get_buffer(key, size=size)) for key, size in sorted(store.list(prefix))
     }
-
-
-def crc32c(data: memoryview) -> int:
-    """CRC-32C of a buffer. In pieces that stay in cache: the library takes nothing but `bytes`, which is a copy."""
-    value = 0
-    for start in range(0, len(data), _CRC_BYTES):
-        value = google_crc32c.extend(value, bytes(data[start : start + _CRC_BYTES]))
-    return value
 
 
 def read_record(store: Store, identity: str, block_id: str) -> BlockRecord:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rise_ops.blocks import RowBuffer, block_key, ends_block, write_block
+from rise_ops.checksums import stored_crc32c
 from rise_ops.config import CorpusConfig, CurationConfig, LimitsConfig
 from rise_ops.corpus import CorpusVersion, look_at_sources
-from rise_ops.errors import SourceError
 from rise_ops.heap import steady_heap
 from rise_ops.memory import ingest_memory
 from rise_ops.objects import (
@@ -42,7 +43,7 @@ from rise_ops.progress import Progress, silent
 from rise_ops.publish import publish
 from rise_ops.readers import Reader, SourceRow, open_rows
 from rise_ops.rows import RowFault, canonical_row, ingest_fingerprint
-from rise_ops.sources import SourceObject, hash_object, is_local, refuse_inside, stat_object
+from rise_ops.sources import SourceObject, hash_object, is_local, refuse_changed, refuse_inside
 from rise_ops.store import Store
 
 __all__ = ["IngestedObject", "ingest_corpus", "ingest_fingerprint", "ingest_object", "preview_object", "publish"]
@@ -134,14 +135,14 @@ def _convert(
     settings = ingest_fingerprint(corpus.fields, limits)
     known = _known(store, source, settings, deep=deep)
     if known is not None:
-        _refuse_changed(source)
+        refuse_changed(source)
         return known, True
     reading = open_rows(source, row_bytes=int(limits.row_bytes), memory=int(limits.memory) // 4)
     with reading as reader, spooled_places() as (places, path):
         conversion = _Conversion(store, places, corpus=corpus, limits=limits, dry=dry, on_rows=on_rows)
         conversion.run(reader, progress)
         places.close()
-        _refuse_changed(source)
+        refuse_changed(source)
         record = conversion.record(object_sha=reader.sha256(), settings=settings)
         if not dry:
             conversion.commit(record, path)
@@ -156,7 +157,7 @@ def _known(store: Store, source: SourceObject, settings: str, *, deep: bool) -> 
     ETag. Deep: any object is hashed.
     """
     if deep or is_local(source.uri):
-        return _finished(store, record_id(hash_object(source.uri), settings))
+        return _finished(store, record_id(hash_object(source.uri, listed=source), settings))
     record = recall(store, source, settings)
     return None if record is None else _finished(store, record)
 
@@ -248,7 +249,7 @@ class _Conversion:
                     buffer = self._buffer
                     buffer.append(canonical)
                     self._source_rows.append(row.source_row)
-                    if ends_block(canonical.doc_id, rows=len(buffer), size=buffer.size):
+                    if ends_block(canonical.doc_id, rows=len(buffer), size=buffer.size, row_size=canonical.size):
                         self._end_block()
             if done % _PROGRESS_ROWS == 0:
                 progress(done, reader.total)
@@ -275,7 +276,9 @@ class _Conversion:
         if record.small:
             write_rows(self._store, record.record, self._buffer, self._source_rows)
         self._store.create_from_file(places_key(record.record), places)
-        self._store.create_json(record_key(record.record), record.to_json())
+        keys = {"places": places_key(record.record)} | ({"rows": rows_key(record.record)} if record.small else {})
+        sealed = replace(record, crc32c={name: stored_crc32c(self._store, key) for name, key in keys.items()})
+        self._store.create_json(record_key(record.record), sealed.to_json())
 
     def _reject(self, unit: str, row: SourceRow, fault: RowFault, value: dict[str, Any]) -> None:
         self._rejected += 1
@@ -317,13 +320,6 @@ def _finished(store: Store, record: str) -> ObjectRecord | None:
     keys += [block_key(block.block_id) for block in known.blocks]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         return known if all(pool.map(store.exists, keys)) else None
-
-
-def _refuse_changed(source: SourceObject) -> None:
-    now = stat_object(source.uri)
-    unknown = source.etag is None and source.mtime is None
-    if now.size != source.size if unknown else not now.same_state(source):
-        raise SourceError(f"source {source.uri} changed while it was read; run again when its writer has finished")
 
 
 def _ingested(source: SourceObject, record: ObjectRecord, *, reused: bool) -> IngestedObject:

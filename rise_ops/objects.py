@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,8 @@ class ObjectRecord:
     """Source columns and their Arrow types ("json" where the format has none)."""
     small: bool
     """Whether the rows wait for packing."""
+    crc32c: Mapping[str, int] = field(default_factory=dict)
+    """Checksums of the stored `places` and, where it is small, `rows`."""
 
     def to_json(self) -> dict[str, Any]:
         """As stored."""
@@ -94,14 +96,20 @@ class ObjectRecord:
             "block_rows": [block.rows for block in self.blocks],
             "block_characters": [block.characters for block in self.blocks],
         }
-        return {"format_version": RECORD_FORMAT} | asdict(self) | {"fields": dict(self.fields)} | counts
+        return (
+            {"format_version": RECORD_FORMAT}
+            | asdict(self)
+            | {"fields": dict(self.fields), "crc32c": dict(self.crc32c)}
+            | counts
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ObjectRecord:
         """Inverse of `to_json`."""
         names = ("record", "object_sha", "rows", "rejected", "characters", "size", "fields", "small")
         counts = zip(value["blocks"], value["block_rows"], value["block_characters"], strict=True)
-        return cls(blocks=tuple(BlockCount(*count) for count in counts), **{name: value[name] for name in names})
+        blocks = tuple(BlockCount(*count) for count in counts)
+        return cls(blocks=blocks, crc32c=value.get("crc32c", {}), **{name: value[name] for name in names})
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from rise_ops.blocks import (
     read_stored,
     write_block,
 )
+from rise_ops.checksums import stored_crc32c
 from rise_ops.hashing import fingerprint
 from rise_ops.objects import RECORD_FORMAT, BlockCount, ObjectRecord, places_key, record_key, rows_key
 from rise_ops.shapes import PackShape
@@ -122,6 +123,7 @@ def _pack(store: Store, members: Sequence[ObjectRecord]) -> Pack:
             "blocks": [block.block_id],
             "rows": block.rows,
             "characters": block.characters,
+            "crc32c": {"places": stored_crc32c(store, places_key(pack))},
         },
     )
     return Pack(pack, records, block)

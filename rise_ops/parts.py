@@ -8,10 +8,11 @@ stands, and all other parts keep their names and their scores.
     part_id      = sha256 of canonical_json(block ids, in order)
 
     scores/<valuation_id>/<part_id>.extremes.parquet   each query's highest and lowest rows
-    scores/<valuation_id>/<part_id>.parquet            the scores (`rise_ops.valuation`); written last
+    scores/<valuation_id>/<part_id>.parquet            the scores (`rise_ops.valuation`)
+    scores/<valuation_id>/<part_id>.json               rows, and the checksums of both; written last
 
-A part is there when both files are: who finds the second has the first, unless something was removed since. Files
-hold no position in the corpus, so a part is scored once for every corpus that has its blocks in this order.
+A part is there when all three are. Files hold no position in the corpus, so a part is scored once for every corpus
+that has its blocks in this order.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ class Part:
     def scores(self) -> str:
         """Key of the scores."""
         return f"{self.folder}/{self.part_id}.parquet"
+
+    @property
+    def record(self) -> str:
+        """Key of the completion record."""
+        return f"{self.folder}/{self.part_id}.json"
 
     @property
     def extremes(self) -> str:
@@ -98,4 +104,4 @@ def missing_parts(store: Store, parts: Sequence[Part]) -> list[Part]:
     there: set[str] = set()
     for folder in {part.folder for part in parts}:
         there.update(key for key, _ in store.list(folder))
-    return [part for part in parts if part.scores not in there or part.extremes not in there]
+    return [part for part in parts if not there.issuperset((part.scores, part.extremes, part.record))]

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from rise_ops.checksums import stored_crc32c
 from rise_ops.config import CorpusConfig, LimitsConfig
 from rise_ops.corpus import (
     CorpusVersion,
@@ -85,11 +86,12 @@ def publish(
     records = _records(store, entries)
     packs = {record: pack for pack in pack_objects(store, records.values()) for record in pack.members}
     entries = tuple(_located(entry, packs.get(entry.record)) for entry in entries)
+    snapshot_id = write_snapshot(store, _blocks(entries, records, packs))
     draft = CorpusVersion(
         corpus=corpus.name,
         version=0,
         parent=None,
-        snapshot_id=write_snapshot(store, _blocks(entries, records, packs)),
+        snapshot_id=snapshot_id,
         run_id=run_id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         ingest_fingerprint=settings,
@@ -97,6 +99,7 @@ def publish(
         rejected=sum(entry.rejected for entry in entries),
         fields=_fields(records.values()),
         sources=entries,
+        snapshot_crc32c=stored_crc32c(store, f"snapshots/{snapshot_id}.parquet"),
     )
     seen = compared_with if compared_with is not None else current.version if current else 0
     return _commit(store, draft, current, corpus=corpus, seen=seen)

@@ -42,7 +42,6 @@ _UNKNOWN: Json = {
 """What a record says that lacks one of these."""
 
 
-
 def new_run_id(corpus: str) -> str:
     """A run id that sorts by time and a person can read: `20260131T235959-support-1a2b3c`."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{corpus}-{secrets.token_hex(3)}"

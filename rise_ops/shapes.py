@@ -32,6 +32,7 @@ class RecordShape:
     block_characters: list[Count]
     fields: dict[str, str]
     small: bool
+    crc32c: dict[str, Checksum] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.blocks) == len(self.block_rows) == len(self.block_characters):
@@ -46,6 +47,7 @@ class PackShape:
     blocks: Annotated[list[str], Field(min_length=1, max_length=1)]
     rows: Count
     characters: Count
+    crc32c: dict[str, Checksum] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,15 @@ class BlockShape:
 class TargetShape:
     """targets/<target_id>.json."""
 
+    crc32c: dict[str, Checksum]
+    queries_crc32c: Checksum | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartShape:
+    """scores/<valuation_id>/<part_id>.json."""
+
+    rows: Count
     crc32c: dict[str, Checksum]
 
 

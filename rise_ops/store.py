@@ -29,7 +29,7 @@ from obstore import exceptions as obstore_errors
 from rise_ops import retry
 from rise_ops.client_errors import first_line, store_error
 from rise_ops.connections import obstore_options, polars_options
-from rise_ops.documents import document
+from rise_ops.documents import document, sealed
 from rise_ops.errors import (
     ConfigError,
     IntegrityError,
@@ -37,7 +37,6 @@ from rise_ops.errors import (
     StoreError,
     TransientError,
 )
-from rise_ops.hashing import canonical_json
 from rise_ops.keys import refuse_key
 from rise_ops.spool import is_full
 
@@ -183,8 +182,8 @@ class Store:
         return True
 
     def create_json(self, key: str, value: Any) -> bool:
-        """Write a JSON document unless the key exists. Returns whether this call wrote it."""
-        return self.create(key, (canonical_json(value) + "\n").encode("utf-8"))
+        """Write a JSON document, sealed with a checksum, unless the key exists. Returns whether this call wrote it."""
+        return self.create(key, sealed(value))
 
     def get_json(
         self,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import polars as pl
 
 from rise_ops.blocks import read_stored
+from rise_ops.checksums import stored_crc32c
 from rise_ops.config import LimitsConfig, TargetConfig
 from rise_ops.corpus import read_rows
 from rise_ops.errors import DamagedError, SourceError
@@ -91,6 +92,7 @@ def sign_target(store: Store, identity: str, rows: Sequence[CanonicalRow], *, si
             "index_id": identity,
             "queries": len(rows),
             "crc32c": checksums(store, f"targets/{name}.zarr"),
+            "queries_crc32c": stored_crc32c(store, f"targets/{name}.parquet"),
         },
     )
     return name
@@ -113,7 +115,10 @@ def read_target(store: Store, name: str) -> Target:
     """
     record = store.get_json(f"targets/{name}.json", format_version=FORMAT_VERSION, shape=TargetShape)
     columns = ("doc_id", "text", "prompt", "meta")
-    queries = read_stored(store, f"targets/{name}.parquet", columns=columns, known_format=FORMAT_VERSION)
+    key, checksum = f"targets/{name}.parquet", record.get("queries_crc32c")
+    if checksum is not None and store.checked(key, lambda: stored_crc32c(store, key)) != checksum:
+        raise DamagedError(f"{store.url(key)} does not match its checksum; run again", store.url(key))
+    queries = read_stored(store, key, columns=columns, known_format=FORMAT_VERSION)
     return Target(name, queries, store.checked(f"targets/{name}.zarr", lambda: _stored_signatures(store, name, record)))
 
 

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import polars as pl
 
 from rise_ops.blocks import read_doc_ids
+from rise_ops.checksums import stored_crc32c
 from rise_ops.memory import EXTREMES, RRF_DEPTH, value_memory
 from rise_ops.parts import SCORES_FORMAT, Part
 from rise_ops.progress import Progress, silent
@@ -104,7 +105,9 @@ def _write_part(store: Store, part: Part, scored: Iterator[ScoredRows], extremes
             for frame in extremes_frames(extremes, targets):
                 table.write(frame.to_arrow())
         store.create_from_file(part.extremes, other)
-        store.create_from_file(part.scores, path)  # last: it says that the part is there
+        store.create_from_file(part.scores, path)
+    sums = {"scores": stored_crc32c(store, part.scores), "extremes": stored_crc32c(store, part.extremes)}
+    store.create_json(part.record, {"format_version": SCORES_FORMAT, "rows": rows, "crc32c": sums})
     return rows
 
 

@@ -1,10 +1,9 @@
 """Is everything in the store that its records promise?
 
 Shallow: every corpus version can be read, and its snapshot, records, packs and blocks are there; every recorded
-index block has all its objects in full size; every target and every finished export is whole. Deep: contents are
-hashed again, too: blocks, snapshots and small objects' rows against their ids, signatures and targets against the
-CRC-32C in their record, sketch tables against the index, export files against the SHA-256 in the manifest; other
-Parquet files are decoded.
+index block has all its objects in full size; every target, every scored part and every finished export is whole. Deep:
+contents are hashed again, too: blocks against their ids, sketch tables against the index, export files against the
+SHA-256 in the manifest, all else against the CRC-32C in its record. JSON documents carry their own checksum.
 
 Nothing is changed. What is broken is noted (`rise_ops.damage`), and the next run makes it again where it can.
 """
@@ -12,30 +11,29 @@ Nothing is changed. What is broken is noted (`rise_ops.damage`), and the next ru
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
 from rise_ops.blocks import RowBuffer, block_key, doc_ids, read_block, read_stored
+from rise_ops.checksums import crc32c, stored_crc32c
 from rise_ops.corpus import CorpusVersion, read_snapshot, read_version
 from rise_ops.damage import Damage, note_damage
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
-from rise_ops.export import list_exports
+from rise_ops.export import manifest_key, read_manifest
 from rise_ops.hashing import fingerprint
-from rise_ops.index import IndexListing, crc32c, describe_index, index_key, list_indexes, read_record
+from rise_ops.index import IndexListing, describe_index, index_key, list_indexes, read_record
 from rise_ops.objects import RECORD_FORMAT, places_key, record_key, rows_key
 from rise_ops.objects import read_record as read_object_record
-from rise_ops.shapes import TargetShape
+from rise_ops.packs import read_pack
+from rise_ops.shapes import PartShape, TargetShape
 from rise_ops.signatures import load_tables
 from rise_ops.store import Store
 from rise_ops.targets import read_target
 
 Json = dict[str, Any]
-Found = Damage | None
-"""What looking at one thing gave: nothing is wrong with it, or this."""
 
 AGAIN = "the next run makes it again"
 GONE = "restore it from a backup"
@@ -86,8 +84,7 @@ def _checks(store: Store, *, deep: bool) -> Iterator[_Check]:
     yield from _corpora(store, deep=deep)
     yield from _indexes(store, deep=deep)
     yield from _targets(store, deep=deep)
-    if deep:
-        yield from _scores(store)
+    yield from _scores(store, deep=deep)
     yield from _exports(store, deep=deep)
 
 
@@ -97,14 +94,15 @@ def _corpora(store: Store, *, deep: bool) -> Iterator[_Check]:
         names = [name for name in store.children(f"corpora/{corpus}/versions") if name.removesuffix(".json").isdigit()]
         for name in names:
             yield _version(store, corpus, name, versions, is_latest=name == names[-1])
-    for snapshot in dict.fromkeys(version.snapshot_id for version in versions):
-        yield _snapshot(store, snapshot, deep=deep)
+    snapshots = {version.snapshot_id: version.snapshot_crc32c for version in versions}
+    for snapshot, checksum in snapshots.items():
+        yield _snapshot(store, snapshot, checksum, deep=deep)
     entries = [entry for version in versions for entry in version.sources]
     objects = {key for key, _ in store.list("objects")}
     for record in dict.fromkeys(entry.record for entry in entries):
         yield from _record(store, record, objects, deep=deep)
     for pack in dict.fromkeys(entry.pack for entry in entries if entry.pack is not None):
-        yield from _files(store, (record_key(pack), places_key(pack)), objects, deep=deep)
+        yield from _pack(store, pack, objects, deep=deep)
     blocks = {key for key, _ in store.list("blocks")}
     for block in dict.fromkeys(block for entry in entries for block in entry.blocks):
         yield _block(store, block, blocks, deep=deep)
@@ -117,49 +115,60 @@ def _version(store: Store, corpus: str, name: str, found: list[CorpusVersion], *
     return _Check(f"corpora/{corpus}/versions/{name}", AGAIN if is_latest else GONE, look)
 
 
-def _snapshot(store: Store, snapshot: str, *, deep: bool) -> _Check:
+def _snapshot(store: Store, snapshot: str, checksum: int | None, *, deep: bool) -> _Check:
     key = f"snapshots/{snapshot}.parquet"
 
     def look() -> str | None:
         if not deep:
             return None if store.exists(key) else "is missing"
         blocks = read_snapshot(store, snapshot)["block_id"].to_list()
-        return None if fingerprint(blocks) == snapshot else "does not hold the blocks that its name says"
+        if fingerprint(blocks) != snapshot:
+            return "does not hold the blocks that its name says"
+        return _mismatch(store, key, checksum)
 
     return _Check(key, AGAIN, look)
 
 
 def _record(store: Store, record: str, there: set[str], *, deep: bool) -> Iterator[_Check]:
-    def look() -> str | None:
+    sums: dict[str, int] = {}
+    keys = {"places": places_key(record)}
+
+    def look() -> None:
         known = read_object_record(store, record)
-        if known.small and rows_key(record) not in there:
-            return "is missing its rows"
-        return None
+        sums.update(known.crc32c)
+        if known.small:
+            keys["rows"] = rows_key(record)
 
     yield _Check(record_key(record), AGAIN, look)
-    rows = (rows_key(record),) if rows_key(record) in there else ()
-    yield from _files(store, (places_key(record), *rows), there, deep=deep)
+    for name, key in keys.items():
+        yield _file(store, key, there, sums.get(name), deep=deep)
 
 
-def _files(store: Store, keys: Iterable[str], there: set[str], *, deep: bool) -> Iterator[_Check]:
-    """Files of which only their presence, and deep, that they decode, can be checked."""
+def _pack(store: Store, pack: str, there: set[str], *, deep: bool) -> Iterator[_Check]:
+    sums: dict[str, int] = {}
 
-    def looker(key: str) -> Callable[[], str | None]:
-        def look() -> str | None:
-            if key not in there:
-                return "is missing"
-            if deep and key.endswith(".parquet"):
-                frame = read_stored(store, key, known_format=RECORD_FORMAT)
-                if "text" in frame.columns and frame["doc_id"].to_list() != doc_ids(
-                    frame["text"].to_list(), frame["prompt"].to_list()
-                ):
-                    return "does not hold the content that its doc_ids name"
-            return None
+    def look() -> None:
+        sums.update(read_pack(store, pack).get("crc32c", {}))
 
-        return look
+    yield _Check(record_key(pack), AGAIN, look)
+    yield _file(store, places_key(pack), there, sums.get("places"), deep=deep)
 
-    for key in keys:
-        yield _Check(key, AGAIN, looker(key))
+
+def _file(store: Store, key: str, there: set[str], checksum: int | None, *, deep: bool) -> _Check:
+    def look() -> str | None:
+        if key not in there:
+            return "is missing"
+        return _mismatch(store, key, checksum) if deep else None
+
+    return _Check(key, AGAIN, look)
+
+
+def _mismatch(store: Store, key: str, checksum: int | None) -> str | None:
+    """What is wrong with a file whose checksum is recorded; one from before checksums only has to decode."""
+    if checksum is None:
+        read_stored(store, key, known_format=RECORD_FORMAT)
+        return None
+    return None if stored_crc32c(store, key) == checksum else "does not match its checksum"
 
 
 def _block(store: Store, block_id: str, there: set[str], *, deep: bool) -> _Check:
@@ -236,26 +245,45 @@ def _targets(store: Store, *, deep: bool) -> Iterator[_Check]:
             yield _Check(f"targets/{file}", AGAIN, look)
 
 
-def _scores(store: Store) -> Iterator[_Check]:
-    for key, size in sorted(store.list("scores")):
+def _scores(store: Store, *, deep: bool) -> Iterator[_Check]:
+    there = {key for key, _ in store.list("scores")}
+    for key in sorted(key for key in there if key.endswith(".json")):
+        sums: dict[str, int] = {}
 
-        def look(key: str = key, size: int = size) -> None:
-            pl.read_parquet(io.BytesIO(store.get_buffer(key, size=size)))
+        def look(key: str = key, sums: dict[str, int] = sums) -> None:
+            sums.update(store.get_json(key, shape=PartShape)["crc32c"])
 
         yield _Check(key, AGAIN, look)
+        stem = key.removesuffix(".json")
+        for name, file in (("scores", f"{stem}.parquet"), ("extremes", f"{stem}.extremes.parquet")):
+            yield _file(store, file, there, sums.get(name), deep=deep)
 
 
 def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:
-    for manifest in list_exports(store):
-        folder = f"exports/{manifest['name']}/{manifest['version']}"
-        for file in manifest["files"]:
-            key = f"{folder}/{file['path']}"
+    for name in store.children("exports"):
+        for version in store.children(f"exports/{name}"):
+            if store.exists(manifest_key(name, version)):
+                yield from _export(store, name, version, deep=deep)
 
-            def look(key: str = key, file: Json = file) -> str | None:
-                if store.size(key) != file["bytes"]:
-                    return "is missing or has another size"
-                if deep and hashlib.sha256(store.get_buffer(key, size=file["bytes"])).hexdigest() != file["sha256"]:
-                    return "does not match its checksum"
-                return None
 
-            yield _Check(key, AGAIN, look)
+def _export(store: Store, name: str, version: str, *, deep: bool) -> Iterator[_Check]:
+    folder = f"exports/{name}/{version}"
+    files: list[Json] = []
+
+    def look() -> None:
+        files.extend(read_manifest(store, name, version)["files"])
+
+    yield _Check(manifest_key(name, version), AGAIN, look)
+    for file in files:
+        yield _exported(store, f"{folder}/{file['path']}", file, deep=deep)
+
+
+def _exported(store: Store, key: str, file: Json, *, deep: bool) -> _Check:
+    def look() -> str | None:
+        if store.size(key) != file["bytes"]:
+            return "is missing or has another size"
+        if deep and hashlib.sha256(store.get_buffer(key, size=file["bytes"])).hexdigest() != file["sha256"]:
+            return "does not match its checksum"
+        return None
+
+    return _Check(key, AGAIN, look)

@@ -7,6 +7,7 @@ stderr as `steps: N`. Blocks are small here, so that a few rows fill several.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import obstore
 
-from rise_ops import blocks, objects, packs
+from rise_ops import blocks
 
 MIN_ROWS = 8
 MASK = 15
@@ -28,7 +29,8 @@ def main() -> None:
     """Arm the trap and run the command."""
     at = int(sys.argv[1])
     sys.argv[:2] = ["curate"]
-    blocks.MIN_ROWS = objects.MIN_ROWS = packs.MIN_ROWS = MIN_ROWS
+    for name in ("blocks", "objects", "packs"):
+        vars(importlib.import_module(f"rise_ops.{name}"))["MIN_ROWS"] = MIN_ROWS
     blocks._MASK = MASK
     _arm(at)
     from flows.cli import main as curate

@@ -18,12 +18,12 @@ from rise_ops.store import Store
 from tests.corpora import make_rows
 
 
-def _cut(doc_ids: list[str]) -> list[tuple[str, ...]]:
+def _cut(doc_ids: list[str], *, row_size: int = 0) -> list[tuple[str, ...]]:
     blocks: list[tuple[str, ...]] = []
     rows: list[str] = []
     for doc_id in doc_ids:
         rows.append(doc_id)
-        if ends_block(doc_id, rows=len(rows), size=0):
+        if ends_block(doc_id, rows=len(rows), size=len(rows) * row_size, row_size=row_size):
             blocks.append(tuple(rows))
             rows = []
     return [*blocks, tuple(rows)] if rows else blocks
@@ -54,6 +54,19 @@ def test_an_edit_stays_local(place: int, edit: str) -> None:
     middle = [] if edit == "remove" else [sha256_hex(b"new")]
     after = before[:place] + middle + before[place + (edit != "insert") :]
     assert len(set(_cut(after)) - set(_cut(before))) <= 3
+
+
+@given(place=st.integers(0, 3_000), edit=st.sampled_from(["insert", "remove", "change"]))
+@settings(max_examples=30, deadline=None)
+def test_an_edit_among_long_rows_stays_local(place: int, edit: str) -> None:
+    before = _ids(3_000)
+    middle = [] if edit == "remove" else [sha256_hex(b"new")]
+    after = before[:place] + middle + before[place + (edit != "insert") :]
+    cut = [_cut(ids, row_size=200_000) for ids in (before, after)]
+    assert len(set(cut[1]) - set(cut[0])) <= 4
+    sizes = [len(block) * 200_000 for block in cut[0]]
+    assert max(sizes) < MAX_BYTES + 200_000
+    assert 6 * 2**20 < sum(sizes) / len(sizes) < 10 * 2**20
 
 
 def test_long_rows_end_a_block_early() -> None:

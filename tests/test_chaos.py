@@ -74,6 +74,7 @@ def test_killed_runs_resume_to_the_same_export(
 ) -> None:
     path = write_curation(tmp_path)
     root = str(tmp_path / "stores")
+    sources: tuple[str, ...] = ()
     if backend == "s3":
         from tests.conftest import s3_filesystem
 
@@ -81,8 +82,6 @@ def test_killed_runs_resume_to_the_same_export(
         root = f"s3://{bucket}/stores"
         s3_filesystem().put(str(tmp_path / "raw"), f"{bucket}/raw", recursive=True)
         sources = ("--set", f"corpus.sources=['s3://{bucket}/raw/*.jsonl']")
-    else:
-        sources = ()
 
     def arguments(name: str) -> Sequence[str]:
         return ("run", str(path), "--json", "--set", f"store={root}/{name}", *sources)
@@ -98,7 +97,7 @@ def test_killed_runs_resume_to_the_same_export(
         generator = random.Random(f"{backend} {number}")
         store = Store(f"{root}/{number}")
         span = undisturbed.steps / CHAINS
-        kills = []
+        kills: list[int] = []
         step = int(number * span + generator.uniform(1, span))
         while len(kills) < 2:
             if _curate(step, *arguments(str(number))).killed:
