@@ -161,6 +161,8 @@ def show_faults(found: Json) -> None:
     _OUT.print(f"{found['checked']:,} blocks and files checked, {len(found['broken']):,} broken")
     for fault in found["broken"]:
         _OUT.print(f"[red]{plain(fault['key'])}[/red] {plain(fault['problem'])}; {plain(fault['remedy'])}")
+    if found["broken"] and not found["noted"]:
+        _OUT.print("[yellow]The store took no notes of this, so no run will know of it; is it read-only?[/yellow]")
 
 
 def show_garbage(found: Json) -> None:

@@ -92,9 +92,16 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
         if plan["rows_to_sketch"] or not plan["is_described"]:
             (model,) = run_all(runner, open_model, [{"config": config}], store_uri=config.store)
             run.record["model"] |= {name: model[name] for name in ("parameters", "dtype", "device")}
-        common = {name: plan[name] for name in ("index_id", "reuse")} | {"rows": sum(plan["missing_rows"])}
+        common = {"config": config, "index_id": plan["index_id"], "rows": sum(plan["missing_rows"])}
         batches = split(plan["missing"], plan["missing_rows"], target=_SKETCH_ROWS)
-        calls = [{"config": config, "blocks": batch, **common} for batch in batches]
+        calls = [
+            {
+                **common,
+                "blocks": batch,
+                "reuse": sorted({plan["reuse"][block] for block in batch if block in plan["reuse"]}),
+            }
+            for batch in batches
+        ]
         filled = run_all(runner, sketch, calls, store_uri=config.store)
         counting = {"index_id": plan["index_id"], "blocks": plan["blocks"]}
         (counted,) = run_all(runner, count_tokens, [counting], store_uri=config.store)

@@ -173,6 +173,16 @@ class IndexListing:
             if f"{block_id}.json" in sizes and _is_whole(sizes, f"{block_id}.zarr/", rows, dim)
         }
 
+    def kept_rows(self, block_id: str, rows: int, *, dim: int) -> list[int]:
+        """Rows of an incomplete block whose signatures are there: it is recorded, and these chunks are whole."""
+        sizes, prefix = self._sizes, f"{block_id}.zarr/"
+        expected = _sizes(rows, dim)
+        there = {name for name, size in expected.items() if sizes.get(f"{prefix}{name}") == size}
+        if f"{block_id}.json" not in sizes or not there.issuperset(("tokens/c/0", "chunks/c/0")):
+            return []
+        chunk_rows, _ = _chunking(rows, dim)
+        return [row for row in range(rows) if f"signature/c/{row // chunk_rows}/0" in there]
+
 
 def list_indexed(store: Store, identity: str, rows_of: Mapping[str, int], *, dim: int) -> set[str]:
     """`IndexListing.complete` of a fresh listing."""

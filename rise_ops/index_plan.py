@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import polars as pl
 
 from rise_ops.blocks import read_doc_ids
 from rise_ops.config import CurationConfig
@@ -29,8 +32,8 @@ class IndexWork:
     """Blocks that the index lacks, in the same order."""
     missing_rows: list[int]
     """Rows of each."""
-    reuse: str | None
-    """Key of the rows that can be copied (`rise_ops.reuse`)."""
+    reuse: dict[str, str]
+    """By block, where it is stored which of its rows can be copied (`rise_ops.reuse`)."""
     rows_to_sketch: int
     """Rows that stand nowhere in the index."""
     is_described: bool
@@ -51,18 +54,12 @@ def plan_work(store: Store, config: CurationConfig, version: CorpusVersion, *, r
     model = model_fingerprint(config.model)
     identity = index_id(model, config.sketch)
     rows_of = block_rows(store, version)
-    listing = IndexListing(store, identity)
-    there = listing.complete(rows_of, dim=config.sketch.dim)
-    missing = {block: rows for block, rows in rows_of.items() if block not in there}
-    recorded = [block for block in listing.recorded if block not in missing]
-    found: dict[str, int] = {}
-    key = None
     described = store.exists(index_key(identity))
-    if missing and recorded and described:
-        candidates = candidate_blocks(store, recorded, rows_of, earlier=parent_version(store, version))
-        columns = ((block, read_doc_ids(store, block)) for block in missing)
-        matches = find_rows(store, columns, candidates, memory=int(config.limits.memory))
-        key, found = write_reuse(store, run_id, matches)
+    earlier = parent_version(store, version)
+    missing, matches = find_missing(
+        store, config, identity, rows_of, earlier=earlier, doc_ids=lambda block: read_doc_ids(store, block)
+    )
+    keys, found = write_reuse(store, run_id, matches if described else ())
     return IndexWork(
         index_id=identity,
         model_fingerprint=model,
@@ -70,7 +67,42 @@ def plan_work(store: Store, config: CurationConfig, version: CorpusVersion, *, r
         rows=list(rows_of.values()),
         missing=list(missing),
         missing_rows=list(missing.values()),
-        reuse=key,
-        rows_to_sketch=sum(missing.values()) - sum(found.values()),
+        reuse=keys,
+        rows_to_sketch=sum(missing.values()) - found,
         is_described=described,
     )
+
+
+def find_missing(
+    store: Store,
+    config: CurationConfig,
+    identity: str,
+    rows_of: Mapping[str, int],
+    *,
+    earlier: CorpusVersion | None,
+    doc_ids: Callable[[str], pl.Series],
+) -> tuple[dict[str, int], Iterator[pl.DataFrame]]:
+    """Blocks of `rows_of` that an index lacks, with their rows, and which of these rows it has all the same.
+
+    Parameters
+    ----------
+    rows_of
+        Rows of each block of the corpus.
+    earlier
+        The corpus version before.
+    doc_ids
+        Reads the doc_ids of a block.
+    """
+    listing = IndexListing(store, identity)
+    dim = config.sketch.dim
+    there = listing.complete(rows_of, dim=dim)
+    missing = {block: rows for block, rows in rows_of.items() if block not in there}
+    if not missing:
+        return {}, iter(())
+    kept = {
+        block: pl.Series(listing.kept_rows(block, rows, dim=dim), dtype=pl.UInt32) for block, rows in missing.items()
+    }
+    recorded = [block for block in listing.recorded if block not in missing]
+    candidates = candidate_blocks(store, recorded, rows_of, earlier=earlier)
+    wanted = ((block, doc_ids(block)) for block in missing)
+    return missing, find_rows(store, wanted, candidates, memory=int(config.limits.memory), kept=kept)

@@ -18,13 +18,13 @@ from typing import Any
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import look_at_sources
 from rise_ops.diff import diff_states, published_state
-from rise_ops.index import BlockRecord, IndexListing, index_id, read_records
+from rise_ops.index import BlockRecord, index_id, read_records
+from rise_ops.index_plan import find_missing
 from rise_ops.memory import as_json
 from rise_ops.model_files import model_fingerprint, resolve_model, stored_bytes
 from rise_ops.objects import BlockCount
 from rise_ops.preview import preview_corpus
 from rise_ops.readers import open_rows
-from rise_ops.reuse import candidate_blocks, find_rows
 from rise_ops.rows import RowFault, canonical_row
 from rise_ops.session import open_signer, plan_stages
 from rise_ops.sources import SourceObject
@@ -68,18 +68,11 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
     memory = int(config.limits.memory)
     with preview_corpus(store, config, listed, deep=deep) as seen:
         diff = diff_states(published_state(store, version) if version else None, seen.state, memory=memory)
-        listing = IndexListing(store, identity)
-        indexed = listing.complete(seen.state.rows_of, dim=config.sketch.dim)
-        missing = {block: rows for block, rows in seen.state.rows_of.items() if block not in indexed}
-        recorded = [block for block in listing.recorded if block not in missing]
-        found = 0
-        if missing and recorded:
-            candidates = candidate_blocks(store, recorded, seen.state.rows_of, earlier=version)
-            columns = ((block, seen.state.doc_ids(block)) for block in missing)
-            found = sum(match.height for match in find_rows(store, columns, candidates, memory=memory))
-    to_sketch = sum(missing.values()) - found
+        rows_of = seen.state.rows_of
+        missing, matches = find_missing(store, config, identity, rows_of, earlier=version, doc_ids=seen.state.doc_ids)
+        to_sketch = sum(missing.values()) - sum(match.height for match in matches)
     sources = [*listed.added, *listed.changed, *(entry.listed for entry in listed.unchanged)]
-    done = list(read_records(store, identity, indexed).values())
+    done = list(read_records(store, identity, rows_of.keys() - missing.keys()).values())
     share = to_sketch / max(1, sum(missing.values()))
     cost = estimate(store, config, sources, list(seen.blocks.values()), done, share=share)
     return {

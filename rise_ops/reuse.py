@@ -8,6 +8,8 @@ there. Rows are looked up by doc_id; of the candidate blocks only that column is
 2. other blocks of the index that the corpus does not have: older versions, other corpora;
 3. the corpus' own indexed blocks: rows that stand in it twice.
 
+Of a recorded block that lacks some of its chunks, the rows of the others are kept.
+
 The search ends when every row is found, or when it has looked at LOOKS_PER_ROW doc_ids for each row in search
 (and at FREE_LOOKS in all): from there on, computing the rest costs less than looking on.
 
@@ -17,7 +19,7 @@ The search ends when every row is found, or when it has looked at LOOKS_PER_ROW 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -39,7 +41,7 @@ ROW_BYTES = 400
 _ANCESTORS = 8
 _CONNECTIONS = 16
 _SMALLEST_BATCH, _LARGEST_BATCH = 8, 64
-_SCHEMA = {"block_id": pl.String, "block_row": pl.UInt32, "from_block": pl.String, "from_row": pl.UInt32}
+_FOUND = {"block": pl.UInt32, "block_row": pl.UInt32, "from_block": pl.String, "from_row": pl.UInt32}
 
 
 def candidate_blocks(
@@ -69,7 +71,12 @@ def candidate_blocks(
 
 
 def find_rows(
-    store: Store, missing: Iterable[tuple[str, pl.Series]], candidates: Sequence[str], *, memory: int
+    store: Store,
+    missing: Iterable[tuple[str, pl.Series]],
+    candidates: Sequence[str],
+    *,
+    memory: int,
+    kept: Mapping[str, pl.Series] | None = None,
 ) -> Iterator[pl.DataFrame]:
     """Where the rows of blocks that an index lacks stand in blocks that it has.
 
@@ -81,39 +88,57 @@ def find_rows(
         Indexed blocks, the most likely first.
     memory
         Bytes that the search may take.
+    kept
+        By block, rows of missing blocks whose own signatures are there.
 
     Yields
     ------
     polars.DataFrame
-        block_id, block_row, from_block, from_row; each found row once.
+        block_id, block_row, from_block, from_row; each found row once, all rows of a block in one frame.
     """
     for blocks, rows in _groups(missing, most=max(1, memory // ROW_BYTES)):
-        names = pl.Series(blocks, dtype=pl.String)
-        for found in _search(store, rows, candidates):
-            yield found.select(
-                names.gather(found["block"]).alias("block_id"), "block_row", "from_block", "from_row"
-            ).cast(pl.Schema(_SCHEMA))
+        own = _kept(blocks, kept or {})
+        rows = rows.join(own, on=["block", "block_row"], how="anti")
+        found = pl.concat([own, *_search(store, rows, candidates)])
+        if not found.is_empty():
+            names = pl.Series(blocks, dtype=pl.String).gather(found["block"]).alias("block_id")
+            yield found.select(names, "block_row", "from_block", "from_row").sort("block_id", "block_row")
 
 
-def write_reuse(store: Store, run_id: str, found: Iterable[pl.DataFrame]) -> tuple[str | None, dict[str, int]]:
-    """Store where rows were found. Returns the key (None where none was), and the rows found by block."""
-    whole = pl.concat([pl.DataFrame(schema=_SCHEMA), *found]).sort("block_id", "block_row")
-    if whole.is_empty():
-        return None, {}
-    buffer = io.BytesIO()
-    whole.write_parquet(buffer, row_group_size=2**16)
-    key = f"runs/{run_id}/reuse-{sha256_hex(buffer.getvalue())[:16]}.parquet"
-    store.create(key, buffer.getvalue())
-    return key, dict(whole.group_by("block_id").len().iter_rows())
+def write_reuse(store: Store, run_id: str, found: Iterable[pl.DataFrame]) -> tuple[dict[str, str], int]:
+    """Store where rows were found, a file a frame. Returns the key by block, and the number of rows."""
+    keys: dict[str, str] = {}
+    rows = 0
+    for frame in found:
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer, row_group_size=2**16)
+        key = f"runs/{run_id}/reuse-{sha256_hex(buffer.getvalue())[:16]}.parquet"
+        store.create(key, buffer.getvalue())
+        keys |= dict.fromkeys(frame["block_id"].unique().to_list(), key)
+        rows += frame.height
+    return keys, rows
 
 
-def read_reuse(store: Store, key: str | None, blocks: Sequence[str]) -> dict[str, pl.DataFrame]:
+def read_reuse(store: Store, keys: Collection[str], blocks: Sequence[str]) -> dict[str, pl.DataFrame]:
     """What `write_reuse` stored of some blocks: block_row, from_block, from_row by block."""
-    if key is None:
-        return {}
     wanted = pl.col("block_id").is_in(list(blocks))
-    rows = store.collected(key, lambda: store.scan_parquet([key]).filter(wanted).collect())
-    return {str(name): part.drop("block_id") for (name,), part in rows.partition_by("block_id", as_dict=True).items()}
+    found: dict[str, pl.DataFrame] = {}
+    for key in sorted(keys):
+        rows = store.collected(key, lambda key=key: store.scan_parquet([key]).filter(wanted).collect())  # type: ignore[misc]
+        parts = rows.partition_by("block_id", as_dict=True)
+        found |= {str(name): part.drop("block_id") for (name,), part in parts.items()}
+    return found
+
+
+def _kept(blocks: Sequence[str], kept: Mapping[str, pl.Series]) -> pl.DataFrame:
+    frames = [
+        pl.DataFrame({"block_row": kept[block]}, schema={"block_row": pl.UInt32}).with_columns(
+            block=pl.lit(place, pl.UInt32), from_block=pl.lit(block), from_row="block_row"
+        )
+        for place, block in enumerate(blocks)
+        if block in kept
+    ]
+    return pl.concat([pl.DataFrame(schema=_FOUND), *(frame.select(list(_FOUND)) for frame in frames)])
 
 
 def _groups(missing: Iterable[tuple[str, pl.Series]], *, most: int) -> Iterator[tuple[list[str], pl.DataFrame]]:
@@ -146,7 +171,8 @@ def _search(store: Store, pending: pl.DataFrame, candidates: Sequence[str]) -> I
             found = pending.join(held, on="doc_id", how="inner")
             if not found.is_empty():
                 pending = pending.join(held, on="doc_id", how="anti")
-                yield found.with_columns(pl.Series(batch, dtype=pl.String).gather(found["place"]).alias("from_block"))
+                source = pl.Series(batch, dtype=pl.String).gather(found["place"]).alias("from_block")
+                yield found.with_columns(source).select(list(_FOUND))
 
 
 def _numbered(doc_ids: pl.Series, place: int, *names: str) -> pl.DataFrame:

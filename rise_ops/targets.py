@@ -11,6 +11,7 @@ name or place.
 from __future__ import annotations
 
 import io
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from rise_ops.alive import alive, wait_for_collectors
 from rise_ops.blocks import read_stored
 from rise_ops.checksums import stored_crc32c
 from rise_ops.config import LimitsConfig, TargetConfig
@@ -79,8 +81,15 @@ def sign_target(store: Store, identity: str, rows: Sequence[CanonicalRow], *, si
     name = target_id(identity, rows)
     if store.exists(f"targets/{name}.json"):
         return name
-    signatures = _signatures(rows, signer)
-    write_signatures(store, f"targets/{name}.zarr", signatures)
+    worker = f"target-{name[:16]}-{secrets.token_hex(4)}"
+    with alive(store, worker):  # targets are also made outside of runs
+        wait_for_collectors(store, worker)
+        _write_target(store, name, identity, rows, signer)
+    return name
+
+
+def _write_target(store: Store, name: str, identity: str, rows: Sequence[CanonicalRow], signer: Signer) -> None:
+    write_signatures(store, f"targets/{name}.zarr", _signatures(rows, signer))
     buffer = io.BytesIO()
     _frame(rows).write_parquet(buffer)
     store.create(f"targets/{name}.parquet", buffer.getvalue())
@@ -95,7 +104,6 @@ def sign_target(store: Store, identity: str, rows: Sequence[CanonicalRow], *, si
             "queries_crc32c": stored_crc32c(store, f"targets/{name}.parquet"),
         },
     )
-    return name
 
 
 def sign_queries(rows: Sequence[CanonicalRow], *, signer: Signer, name: str) -> Target:

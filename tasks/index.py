@@ -42,7 +42,7 @@ def open_model(store_uri: str, config: CurationConfig) -> Json:
 
 @stage("sketch")
 def sketch(
-    store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: int, reuse: str | None
+    store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: int, reuse: list[str]
 ) -> Json:
     """Fill blocks that the index lacks. Not cached: the index itself is the cache."""
     store = Store(store_uri)

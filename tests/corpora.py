@@ -73,7 +73,7 @@ def compress(data: bytes, name: str) -> bytes:
 
 
 def ingest_path(store: Store, uri: str | Path, *, limits: LimitsConfig = NO_LIMITS, **options: Any) -> IngestedObject:
-    """One object through `ingest_object`; `options`: fields, dry."""
+    """One object through `ingest_object`; `options`: fields, dry, deep."""
     fields = options.pop("fields", FieldMap())
     return ingest_object(store, listed(uri), corpus=corpus_of(uri, fields=fields), limits=limits, **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from flows.attribute import attribute
 from flows.curate import curate
 from flows.index_corpus import index_corpus
 from rise_ops import parts
-from rise_ops.blocks import MIN_ROWS
+from rise_ops.blocks import MIN_ROWS, read_texts
+from rise_ops.corpus import read_version
 from rise_ops.errors import BadRowsError, ConfigError, ModelError, SourceError, TransientError
 from rise_ops.export import list_exports
+from rise_ops.hashing import sha256_hex
 from rise_ops.ingest import ingest_object
+from rise_ops.plan import plan_run
 from rise_ops.runs import list_runs, read_run
 from rise_ops.store import Store
 from tests.corpora import jsonl
@@ -154,6 +159,74 @@ def test_a_block_that_is_gone_is_the_only_one_computed_again(config_path: Path) 
     second = curate(config, "index")
     assert second["rows_sketched"] == ROWS
     assert curate(config, "index")["rows_sketched"] == 0
+
+
+def test_a_changed_row_costs_one_row(config_path: Path) -> None:
+    config = load(config_path)
+    first = curate(config)
+    part = config_path.parent / "raw" / "part-0.jsonl"
+    lines = part.read_text(encoding="utf-8").splitlines()
+    part.write_text("\n".join([*lines[:7], json.dumps({"text": "A corrected row."}), *lines[8:]]) + "\n")
+    plan = plan_run(config)
+    assert (plan["rows_to_sketch"], plan["rows_reused"], plan["blocks_to_write"]) == (1, ROWS - 1, 1)
+    assert plan["objects"] == {"added": 0, "changed": 1, "removed": 0, "unchanged": 1}
+    assert plan["rows"] == {"added": 0, "changed": 1, "removed": 0, "unchanged": ROWS - 1}
+    second = curate(config)
+    assert (second["rows_sketched"], second["rows_reused"], second["rows_new"]) == (1, ROWS - 1, 1)
+    assert second["diff"]["rows"] == plan["rows"] and second["diff"]["objects"] == plan["objects"]
+    store = Store(config.store)
+    assert read_run(store, second["run_id"])["counts"]["objects_read"] == 1
+    assert second["index_id"] == first["index_id"]
+    assert plan_run(config)["rows_to_sketch"] == 0
+
+
+def test_rows_that_only_left_need_no_model(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(config_path)
+    curate(config)
+    part = config_path.parent / "raw" / "part-0.jsonl"
+    lines = part.read_text(encoding="utf-8").splitlines()
+    part.write_text("\n".join(lines[1:]) + "\n")
+    monkeypatch.setattr("tasks.index.open_signer", None)
+    found = curate(config, "index")
+    assert (found["rows"], found["rows_sketched"], found["rows_new"]) == (ROWS - 1, 0, 0)
+
+
+def test_removed_rows_vanish_at_once_and_stay_in_older_versions(config_path: Path) -> None:
+    config = load(config_path, "selection.keep={fraction: 1.0}")
+    first = curate(config)
+    removed = config_path.parent / "raw" / "part-0.jsonl"
+    gone = {sha256_hex(line.encode()) for line in removed.read_text(encoding="utf-8").splitlines()}
+    removed.unlink()
+    second = curate(config)
+    assert second["rows"] == ROWS - len(gone) == second["rows_kept"]
+    store = Store(config.store)
+    decisions = [store.scan_parquet([f"runs/{run['run_id']}/decisions.parquet"]).collect() for run in (first, second)]
+    left = decisions[0].filter(pl.col("source_uri") == str(removed))["doc_id"].to_list()
+    assert len(left) == len(gone)
+    assert not set(left) & set(decisions[1]["doc_id"].to_list())
+    exported = [
+        set(store.scan_parquet([f"exports/{run['export']}/data/train-00000.parquet"]).collect()["doc_id"].to_list())
+        for run in (first, second)
+    ]
+    assert set(left) <= exported[0] and not set(left) & exported[1]
+    older = read_version(store, "tiny", 1)
+    texts = {text for entry in older.sources for block in entry.blocks for text in read_texts(store, block)}
+    assert len(texts) == ROWS
+
+
+def test_deep_runs_see_what_a_listing_hides(config_path: Path) -> None:
+    config = load(config_path)
+    curate(config, "ingest")
+    part = config_path.parent / "raw" / "part-0.jsonl"
+    seen = part.stat()
+    part.write_text(part.read_text(encoding="utf-8").replace("e", "a", 1))
+    os.utime(part, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert curate(config, "ingest")["stages"]["ingest"]["cached"]
+    assert plan_run(config)["rows"]["changed"] == 0
+    assert plan_run(config, deep=True)["rows"]["changed"] == 1
+    found = curate(config, "ingest", deep=True)
+    assert (found["rows_new"], found["stages"]["ingest"]["cached"]) == (1, False)
+    assert curate(config, "ingest", deep=True)["stages"]["ingest"]["cached"]
 
 
 def test_a_run_can_stop_after_a_stage(config_path: Path) -> None:

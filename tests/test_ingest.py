@@ -16,9 +16,10 @@ from rise_ops.blocks import read_block
 from rise_ops.config import CurationConfig, FieldMap, LimitsConfig
 from rise_ops.errors import ConfigError, SourceError
 from rise_ops.ingest import IngestedObject, ingest_corpus
-from rise_ops.objects import places_key, read_record, record_key, rows_key
+from rise_ops.objects import places_key, read_record, recall, record_key, remember, rows_key
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
+from tests.conftest import s3_filesystem
 from tests.corpora import corpus_of, ingest_path, jsonl, listed, make_rows, record_frame, rejections, write_as
 
 
@@ -72,6 +73,35 @@ def test_ids_on_s3_are_the_local_ones(s3_bucket: str, tmp_path: Path, suffix: st
     here = ingest_path(Store(str(tmp_path / "store")), path)
     assert (there.record, there.blocks, there.rows) == (here.record, here.blocks, 3000)
     assert there.etag is not None
+
+
+@pytest.mark.s3
+def test_a_renamed_or_copied_object_on_s3_is_not_downloaded(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, store = s3_filesystem(), Store(f"s3://{s3_bucket}/store")
+    files.pipe_file(f"{s3_bucket}/raw/a.jsonl", jsonl(make_rows(600)))
+    first = ingest_path(store, f"s3://{s3_bucket}/raw/a.jsonl")
+    files.cp_file(f"{s3_bucket}/raw/a.jsonl", f"{s3_bucket}/raw/b.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "open_rows", None)
+        patch.setattr(ingest, "hash_object", None)
+        again = ingest_path(store, f"s3://{s3_bucket}/raw/b.jsonl")
+    assert again.reused
+    assert (again.record, again.blocks, again.rows) == (first.record, first.blocks, 600)
+    deep = ingest_path(store, f"s3://{s3_bucket}/raw/b.jsonl", deep=True)
+    assert deep.reused and deep.record == first.record
+    mapped = ingest_path(store, f"s3://{s3_bucket}/raw/b.jsonl", fields=FieldMap(text="id"))
+    assert not mapped.reused
+
+
+def test_an_etag_that_is_not_made_of_content_says_nothing(local: Store) -> None:
+    for tag in (None, "5f5e100-1a2b", "W/0123456789abcdef0123456789abcdef", "x" * 32):
+        seen = SourceObject("s3://bucket/a.jsonl", 1, tag, 1)
+        remember(local, seen, "record", "settings")
+        assert recall(local, seen, "settings") is None
+    elsewhere = SourceObject("https://host/a.jsonl", 1, "0" * 32, 1)
+    remember(local, elsewhere, "record", "settings")
+    assert recall(local, elsewhere, "settings") is None
+    assert list(local.list("")) == []
 
 
 def test_rejected_rows_are_kept_with_reason(local: Store, tmp_path: Path) -> None:

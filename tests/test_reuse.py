@@ -70,7 +70,7 @@ def fill(store: Store, config: CurationConfig, version: CorpusVersion, run_id: s
     """Index a version; what was to do, and what was computed."""
     signer = FakeSigner()
     work = plan_work(store, config, version, run_id=run_id)
-    found = read_reuse(store, work.reuse, work.missing)
+    found = read_reuse(store, set(work.reuse.values()), work.missing)
     sketch_blocks(store, work.index_id, work.missing, dim=DIM, signer=lambda: signer, reuse=found)
     store.create_json(index_key(work.index_id), {"format_version": 1})
     return work, signer
@@ -97,7 +97,7 @@ def test_a_changed_row_is_the_only_one_computed(local: Store, config: CurationCo
     corpus = corpus_of(path)
     first = ingest_all(local, corpus)
     work, signer = fill(local, config, first, "one")
-    assert (work.rows_to_sketch, len(signer.asked), work.reuse) == (300, 300, None)
+    assert (work.rows_to_sketch, len(signer.asked), work.reuse) == (300, 300, {})
 
     rows[150] = {"id": "x", "text": "a corrected row"}
     write_as(path, rows)
@@ -156,6 +156,21 @@ def test_nothing_is_copied_from_damaged_chunks(local: Store, config: CurationCon
     check_index(local, config, second, work.missing)
 
 
+def test_only_what_is_lost_of_a_block_is_computed(local: Store, config: CurationConfig, tmp_path: Path) -> None:
+    path = write_as(tmp_path / "in" / "a.jsonl", make_rows(40))
+    version = ingest_all(local, corpus_of(path))
+    work, _ = fill(local, config, version, "one")
+    block, rows = max(zip(work.blocks, work.rows, strict=True), key=lambda pair: pair[1])
+    assert rows > 5
+    local.delete([f"indexes/{work.index_id}/blocks/{block}.zarr/signature/c/1/0"])
+    work, signer = fill(local, config, version, "two")
+    record = read_record(local, work.index_id, block)
+    lost = [row for row in range(rows) if row // record.chunk_rows == 1]
+    assert (work.missing, work.rows_to_sketch, len(signer.asked)) == ([block], len(lost), len(lost))
+    assert record.rows_sketched == len(lost)
+    check_index(local, config, version)
+
+
 def test_rows_of_another_corpus_are_found(local: Store, config: CurationConfig, tmp_path: Path) -> None:
     rows = make_rows(100)
     fill(local, config, ingest_all(local, corpus_of(write_as(tmp_path / "in" / "a.jsonl", rows))), "one")
@@ -207,9 +222,10 @@ def test_little_memory_gives_the_same_answer(local: Store, tmp_path: Path) -> No
     ]
     assert frames[0].equals(frames[1])
     assert frames[0].height == 3000
-    key, counts = write_reuse(local, "run", iter(frames[:1]))
-    assert sum(counts.values()) == 3000
-    again = read_reuse(local, key, ["new1"])
+    keys, rows = write_reuse(local, "run", iter(frames[:1]))
+    assert rows == 3000
+    assert len(keys) == len(held)
+    again = read_reuse(local, set(keys.values()), ["new1"])
     assert again["new1"].equals(frames[0].filter(pl.col("block_id") == "new1").drop("block_id"))
 
 
