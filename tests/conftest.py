@@ -159,7 +159,6 @@ def prefect_child_environment() -> dict[str, str]:
     return {
         "PREFECT_API_URL": str(get_current_settings().api.url),
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "",
     }
 
 

@@ -214,9 +214,39 @@ def test_half_an_export_is_never_visible(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(StoreError):
             _export(indexed, max_file_bytes=2**17)
     assert list_exports(indexed.store) == []
-    made = _export(indexed, max_file_bytes=2**17)
+    begun = {key: indexed.store.get(key) for key, _ in indexed.store.list("exports/out/0001/data")}
+    made = _export(indexed, max_file_bytes=2**17)  # goes on with what the first one began
+    assert (made.version, made.reused) == ("0001", False)
+    assert [manifest["version"] for manifest in list_exports(indexed.store)] == ["0001"]
+    whole = {f"exports/out/0001/{path}": data for path, data in _data(indexed.store, made).items()}
+    assert begun.items() <= whole.items()
+    assert _export(indexed, max_file_bytes=2**17).reused
+
+
+def test_an_export_that_another_program_began_is_left_alone(tmp_path: Path) -> None:
+    indexed = _local(tmp_path, make_rows(300))
+    first = _export(indexed)
+    store = indexed.store
+    store.delete([f"exports/{first.label}/manifest.json", f"exports/{first.label}/data/train-00000.parquet"])
+    store.create(f"exports/{first.label}/data/train-00000.parquet", b"other bytes")
+    made = _export(indexed)
     assert (made.version, made.reused) == ("0002", False)
-    assert [manifest["version"] for manifest in list_exports(indexed.store)] == ["0002"]
+    assert store.get(f"exports/{first.label}/data/train-00000.parquet") == b"other bytes"
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_an_export_that_lost_a_file_is_made_whole(tmp_path: Path, how: str) -> None:
+    indexed = _local(tmp_path, make_rows(300))
+    made = _export(indexed)
+    key = f"exports/{made.label}/data/train-00000.parquet"
+    before = indexed.store.get(key)
+    indexed.store.delete([key])
+    if how == "cut":
+        indexed.store.create(key, before[:-9])
+    again = _export(indexed)
+    assert (again.version, again.reused) == ("0001", False)
+    assert indexed.store.get(key) == before
+    assert _export(indexed).reused
 
 
 def test_only_kept_rows_are_exported(tmp_path: Path) -> None:

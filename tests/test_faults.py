@@ -290,7 +290,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
     try:
         yield Disk(root)
     finally:
-        subprocess.run(["umount", str(root)], check=True)
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
 
 
 @pytest.fixture(scope="module")

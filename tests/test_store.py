@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import obstore
 import polars as pl
@@ -130,10 +131,31 @@ def test_listing_sees_more_than_one_page(store: Store) -> None:
 
 def test_json_is_canonical_and_versioned(store: Store) -> None:
     assert store.create_json("v.json", {"name": "größe", "format_version": 3})
-    assert store.get("v.json").decode() == '{"format_version":3,"name":"größe"}\n'
-    assert store.get_json("v.json", format_version=3)["name"] == "größe"
+    text = '{"format_version":3,"name":"größe"}'
+    seal = f'"checksum":"crc32c:{google_crc32c.value(text.encode()):08x}"'
+    assert store.get("v.json").decode() == f"{text[:-1]},{seal}}}\n"
+    assert store.get_json("v.json", format_version=3) == {"format_version": 3, "name": "größe"}
     with pytest.raises(IntegrityError, match="format version 3, this program reads up to 2; upgrade"):
         store.get_json("v.json", format_version=2)
+
+
+@pytest.mark.parametrize("place", range(5, 30, 6))
+def test_a_document_that_changed_is_refused(store: Store, place: int) -> None:
+    store.create_json("v.json", {"name": "abcdefghijklmnop", "rows": 12345})
+    data = bytearray(store.get("v.json"))
+    data[place] ^= 1
+    store.delete(["v.json"])
+    store.create("v.json", bytes(data))
+    with pytest.raises(IntegrityError):
+        store.get_json("v.json")
+
+
+def test_documents_without_a_checksum_are_read(store: Store) -> None:
+    store.create("empty.json", b"{}")
+    store.create("old.json", b'{"a":1}\n')
+    assert (store.get_json("empty.json"), store.get_json("old.json")) == ({}, {"a": 1})
+    store.create_json("sealed.json", {})
+    assert store.get_json("sealed.json") == {}
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"a": 1', b"[1, 2]", b"\xff\xfe", b"null"])
