@@ -71,7 +71,7 @@ def _change(folder: Path, number: int, generator: random.Random) -> None:
         draft.replace(folder / f"more-{number}.jsonl")
 
 
-def test_no_two_runs_make_a_mixed_state(tmp_path: Path) -> None:
+def test_no_two_runs_make_a_mixed_state(tmp_path: Path, record_property: Any) -> None:
     path = write_curation(tmp_path)
     config = load(path)
     folder = tmp_path / "raw"
@@ -96,6 +96,8 @@ def test_no_two_runs_make_a_mixed_state(tmp_path: Path) -> None:
         barrier.wait(120)
     for process in processes:
         process.join(60)
+    record_property("finished", sum(run_id is not None for _, run_id, _ in outcomes))
+    record_property("refused", [error for _, _, error in outcomes if error])
     _check(Store(config.store), set(states), outcomes)
 
 
