@@ -13,7 +13,7 @@ from rise_ops.errors import DamagedError
 from rise_ops.memory import task_limits
 from rise_ops.parts import valuation_folder
 from tasks.index import count_tokens, open_model, plan_index, sketch
-from tasks.ingest import ingest_objects, publish_corpus, survey
+from tasks.ingest import are_held, ingest_objects, publish_corpus, survey
 from tasks.policy import run_all
 from tasks.preflight import preflight
 from tasks.publish import collect_examples, evaluate_targets, export_kept
@@ -61,9 +61,8 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool 
     with run.stage("ingest") as stage:
         (seen,) = run_all(runner, survey, [{**common, "deep": deep, "healed": healed}], store_uri=config.store)
         batches = split(seen["read"], [max(0, item["size"]) for item in seen["read"]], target=_INGEST_BYTES)
-        done = run_all(
-            runner, ingest_objects, [{"objects": batch, **looking} for batch in batches], store_uri=config.store
-        )
+        calls = [{"objects": batch, **looking} for batch in batches]
+        done = run_all(runner, ingest_objects, calls, store_uri=config.store, holds=are_held)
         objects = [item for batch in done for item in batch["objects"]]
         call = {"objects": objects, "parent": seen["parent"], "unchanged": seen["unchanged"], "run_id": run.run_id}
         (published,) = run_all(runner, publish_corpus, [{**call, **common}], store_uri=config.store)

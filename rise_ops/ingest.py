@@ -46,7 +46,15 @@ from rise_ops.rows import RowFault, canonical_row, ingest_fingerprint
 from rise_ops.sources import SourceObject, hash_object, is_local, refuse_changed, refuse_inside
 from rise_ops.store import Store
 
-__all__ = ["IngestedObject", "ingest_corpus", "ingest_fingerprint", "ingest_object", "preview_object", "publish"]
+__all__ = [
+    "IngestedObject",
+    "ingest_corpus",
+    "ingest_fingerprint",
+    "ingest_object",
+    "is_held",
+    "preview_object",
+    "publish",
+]
 
 OnRows = Callable[[str | None, RowBuffer], None]
 
@@ -160,6 +168,19 @@ def _known(store: Store, source: SourceObject, settings: str, *, deep: bool) -> 
         return _finished(store, record_id(hash_object(source.uri, listed=source), settings))
     record = recall(store, source, settings)
     return None if record is None else _finished(store, record)
+
+
+def is_held(
+    store: Store, source: SourceObject, made: IngestedObject, *, corpus: CorpusConfig, limits: LimitsConfig
+) -> bool:
+    """Whether an earlier answer about this object is right: the store has its record, and all that belongs to it.
+
+    That the object's bytes are those of the record is not looked at: the state in the listing vouches for it.
+    """
+    if made.record != record_id(made.object_sha, ingest_fingerprint(corpus.fields, limits)):
+        return False
+    known = _finished(store, made.record)
+    return known is not None and _ingested(source, known, reused=made.reused) == made
 
 
 def ingest_corpus(

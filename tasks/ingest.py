@@ -6,17 +6,15 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-from rise_ops.blocks import block_key
 from rise_ops.config import CorpusConfig, LimitsConfig
 from rise_ops.corpus import list_incomplete, look_at_sources, read_version
 from rise_ops.diff import diff_versions
-from rise_ops.ingest import IngestedObject, ingest_object, publish
+from rise_ops.ingest import IngestedObject, ingest_object, is_held, publish
 from rise_ops.memory import ingest_memory
-from rise_ops.objects import record_key
 from rise_ops.rows import ingest_fingerprint
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
-from tasks.policy import Json, stage
+from tasks.policy import Call, Json, stage
 from tasks.progress import stage_progress
 
 _logger = logging.getLogger(__name__)
@@ -26,6 +24,17 @@ def _identity(call: Any) -> Any:
     if call["fresh"] or any(item["etag"] is None and item["mtime"] is None for item in call["objects"]):
         return None  # to be read again, or nothing tells one state of such an object from another
     return [call["objects"], ingest_fingerprint(call["corpus"].fields, call["limits"])]
+
+
+def are_held(call: Call, result: Json) -> bool:
+    """Whether the store holds what a remembered result says of these objects."""
+    store = Store(call["store_uri"])
+    try:
+        made = [IngestedObject.from_json(each) for each in result["objects"]]
+        pairs = zip([SourceObject(**each) for each in call["objects"]], made, strict=True)
+        return all(is_held(store, source, one, corpus=call["corpus"], limits=call["limits"]) for source, one in pairs)
+    except (KeyError, TypeError, ValueError, AttributeError):  # it was made by another program
+        return False
 
 
 @stage("survey")
@@ -67,8 +76,7 @@ def ingest_objects(
         )
         done += found.rows + found.rejected
         results.append(found.to_json())
-    keys = {key for found in results for key in (record_key(found["record"]), *map(block_key, found["blocks"]))}
-    return {"objects": results, "outputs": sorted(keys)}
+    return {"objects": results}
 
 
 @stage("publish")

@@ -2,14 +2,13 @@
 
 Retries are for faults that pass (`rise_ops.errors.is_transient`), with exponential backoff and jitter.
 A result is cached under (stage, stage version, estimator version, store, the call's own identity). The cache
-only saves work: before a cached result is used, the objects it names must be in the store, or the task runs
-again. The store is the truth; losing every cached result costs time and nothing else.
+only saves work: before a cached result is used, the store must hold what it says, or the task runs again. The
+store is the truth; a cached result that is lost or wrong costs time and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prefect import Task, runtime, task
@@ -22,13 +21,11 @@ from prefect.tasks import exponential_backoff
 
 from rise_ops.errors import is_transient
 from rise_ops.hashing import fingerprint
-from rise_ops.store import Store
 
 Json = dict[str, Any]
 Call = Mapping[str, Any]
 
 RETRIES = 3
-_CONNECTIONS = 16
 
 
 def _retry(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
@@ -91,25 +88,32 @@ def _run_name(name: str) -> str:
     return f"{name}: {parameters['name']}" if "name" in parameters else name
 
 
-def run_all(runner: TaskRunner[Any], what: Task[..., Json], calls: Iterable[Call], *, store_uri: str) -> list[Json]:
+def run_all(
+    runner: TaskRunner[Any],
+    what: Task[..., Json],
+    calls: Iterable[Call],
+    *,
+    store_uri: str,
+    holds: Callable[[Call, Json], bool] | None = None,
+) -> list[Json]:
     """Run one task for many calls; results in the calls' order, each with `cached`.
 
-    A cached result that names objects (`outputs`) the store does not have is computed again.
+    Parameters
+    ----------
+    holds
+        Of a task that may be cached: whether the store holds what a result says of a call. One that it does not
+        hold is computed again.
     """
     parameters = [{"store_uri": store_uri, **call} for call in calls]
     futures = [runner.submit(what, parameters=each) for each in parameters]
     results = [_result(future) for future in futures]
-    store = Store(store_uri)
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        lost = [
-            index
-            for index, result in enumerate(results)
-            if result["cached"] and not all(pool.map(store.exists, result.get("outputs", [])))
-        ]
-    again = what.with_options(refresh_cache=True)
-    renewed = [runner.submit(again, parameters=parameters[index]) for index in lost]
-    for index, future in zip(lost, renewed, strict=True):
-        results[index] = _result(future)
+    if holds is not None:
+        pairs = enumerate(zip(parameters, results, strict=True))
+        wrong = [index for index, (call, found) in pairs if found["cached"] and not holds(call, found)]
+        again = what.with_options(refresh_cache=True)
+        renewed = [runner.submit(again, parameters=parameters[index]) for index in wrong]
+        for index, future in zip(wrong, renewed, strict=True):
+            results[index] = _result(future)
     return results
 
 

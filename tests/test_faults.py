@@ -31,7 +31,7 @@ from tasks.policy import RETRIES
 from tests import oracle
 from tests.conftest import use_server
 from tests.corpora import corpus_of, ingest_all, ingest_path, make_rows, write_as
-from tests.fault_matrix import EXPECTED, HALVED, HOPELESS, NETWORK, QUICK, SAME, SPOOL_FULL, Outcome, cells
+from tests.fault_matrix import EXPECTED, HALVED, HOPELESS, NETWORK, QUICK, SAME, SPOOL_FULL, Outcome, cells, markdown
 from tests.fault_proxy import Fault, FaultProxy, Rule
 from tests.fault_stages import STAGES, Made, World, make_world
 from tests.servers import S3Server
@@ -364,6 +364,10 @@ def test_a_device_out_of_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 @contextmanager
 def _peace() -> Iterator[None]:
     yield
+
+
+def test_the_published_table_is_the_tested_one() -> None:
+    assert markdown() in (Path(__file__).parents[1] / "deployments" / "faults.md").read_text(encoding="utf-8")
 
 
 def test_every_cell_has_a_test() -> None:

@@ -151,6 +151,47 @@ def test_losing_every_cached_result_costs_no_signature(config_path: Path) -> Non
     assert second["stages"]["value"]["cached"]
 
 
+def _remembered(before: set[Path]) -> list[Path]:
+    """What Prefect remembers of ingestion that was not there before."""
+    folder = Path(get_current_settings().results.local_storage_path)
+    return [path for path in folder.rglob("ingest-*") if path not in before]
+
+
+@pytest.mark.parametrize("how", ["block", "rows", "garbage", "empty", "other", "fewer", "swapped", "old"])
+def test_prefects_cache_can_be_wrong_without_harm(config_path: Path, how: str) -> None:
+    """A hit behind which the store's objects are gone, and results that are not those of the call."""
+    config = load(config_path)
+    before = set(_remembered(set()))
+    first = curate(config, "ingest")
+    store = Store(config.store)
+    contents = {key: store.get(key) for key, _ in store.list("") if key.startswith(("blocks", "objects", "snapshots"))}
+    shutil.rmtree(Path(config.store) / "corpora")  # so that the second run asks for the objects again
+    (path,) = _remembered(before)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(document["result"])
+    if how in ("block", "rows"):
+        gone = next(key for key in contents if key.endswith(".rows.parquet" if how == "rows" else ".parquet"))
+        store.delete([gone])
+    elif how in ("garbage", "empty"):
+        path.write_bytes(b"\x00\x01" if how == "garbage" else b"")
+    else:
+        one, two = result["objects"]
+        wrong = {
+            "other": {"objects": [{**one, "record": two["record"], "object_sha": two["object_sha"]}, two]},
+            "fewer": {"objects": [one]},
+            "swapped": {"objects": [{**two, "uri": one["uri"]}, {**one, "uri": two["uri"]}]},
+            "old": {"keys": ["objects/x.json"]},
+        }[how]
+        path.write_text(json.dumps({**document, "result": json.dumps(wrong)}), encoding="utf-8")
+    second = curate(config, "ingest")
+    assert (second["rows"], second["snapshot_id"]) == (ROWS, first["snapshot_id"])
+    assert {key: store.get(key) for key in contents} == contents
+    version = read_version(store, "tiny", 1)
+    assert {entry.uri: entry.object_sha for entry in version.sources} == {
+        str(part): sha256_hex(part.read_bytes()) for part in (config_path.parent / "raw").glob("*.jsonl")
+    }
+
+
 def test_a_block_that_is_gone_is_the_only_one_computed_again(config_path: Path) -> None:
     config = load(config_path)
     first = curate(config, "index")
