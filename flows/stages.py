@@ -23,7 +23,6 @@ from tasks.value import plan_value, select_rows, sign_queries, value_blocks
 Json = dict[str, Any]
 Runner = TaskRunner[Any]
 
-_MENDINGS = 3
 _INGEST_BYTES = 256 * 2**20
 _SKETCH_ROWS = 4 * 2_048
 _VALUE_ROWS = 4 * 2_048
@@ -36,14 +35,12 @@ def task_runner(config: CurationConfig) -> ThreadPoolTaskRunner[Any]:
 
 def mending(run: Recorder, stages: Callable[[], None]) -> None:
     """Run stages. Where one meets a broken object that can be made again, they run once more: `check` makes room."""
-    for _ in range(_MENDINGS):
+    while True:
         try:
-            stages()
-            return
+            return stages()
         except DamagedError as error:
-            if not run.mend(error):
+            if not run.mend(error):  # each object once, so this ends
                 raise
-    stages()
 
 
 def check(run: Recorder, runner: Runner, config: CurationConfig, *, model: bool, targets: bool) -> None:
@@ -64,7 +61,13 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool 
         calls = [{"objects": batch, **looking} for batch in batches]
         done = run_all(runner, ingest_objects, calls, store_uri=config.store, holds=are_held)
         objects = [item for batch in done for item in batch["objects"]]
-        call = {"objects": objects, "parent": seen["parent"], "unchanged": seen["unchanged"], "run_id": run.run_id}
+        call = {
+            "objects": objects,
+            "parent": seen["parent"],
+            "previous": run.record["corpus"].setdefault("previous", seen["parent"]),
+            "unchanged": seen["unchanged"],
+            "run_id": run.run_id,
+        }
         (published,) = run_all(runner, publish_corpus, [{**call, **common}], store_uri=config.store)
         for item in objects:
             stage.read_source(item["uri"], sha256=item["object_sha"], rows=item["rows"])
@@ -109,10 +112,10 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
         stage.cached = not plan["missing"]
     run.record["index_id"] = plan["index_id"]
     run.record["model"]["fingerprint"] = plan["model_fingerprint"]
-    sketched = sum(batch["rows_sketched"] for batch in filled)
+    run.rows_sketched += sum(batch["rows_sketched"] for batch in filled)
     run.counts |= {
-        "rows_sketched": sketched,
-        "rows_reused": sum(plan["rows"]) - sketched,
+        "rows_sketched": run.rows_sketched,
+        "rows_reused": max(0, sum(plan["rows"]) - run.rows_sketched),
         "blocks_written": len(plan["missing"]),
         "tokens": counted["tokens"],
     }

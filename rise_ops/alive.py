@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rise_ops.errors import ConflictError, CurationError, IntegrityError, MissingObjectError
+from rise_ops.errors import ConflictError, CurationError, IntegrityError, MissingObjectError, StoreError
 from rise_ops.store import Store
 
 BEAT_SECONDS = 240.0
@@ -53,11 +54,18 @@ def alive(store: Store, name: str) -> Iterator[None]:
 
     Raises
     ------
+    ConflictError
+        Someone of that name is alive already.
     StoreError, TransientError
         The first sign cannot be written.
     """
     keys = [_key(name, 0)]
-    store.create_json(keys[0], _myself())
+    if not store.create_json(keys[0], _myself()):
+        others = [sign for sign in signs(store) if sign.name == name]
+        if others:
+            raise ConflictError(f"{described(others)} is at work in {store.uri} already; wait until it has ended")
+        store.delete(keys)
+        store.create_json(keys[0], _myself())
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(store, name, keys, ended), name=f"alive {name}", daemon=True)
     beating.start()
@@ -70,6 +78,20 @@ def alive(store: Store, name: str) -> Iterator[None]:
             store.delete(keys)
         except CurationError as error:
             _logger.warning("%s: the signs of life stay (%s); they expire", name, error)
+
+
+@contextmanager
+def alive_if_possible(store: Store, kind: str) -> Iterator[None]:
+    """The same for who only reads, and may not be allowed to write; waits for collectors."""
+    name = f"{kind}-{secrets.token_hex(4)}"
+    with ExitStack() as stack:
+        try:
+            if store.children("corpora"):  # else there is no store yet, and reading must not make one
+                stack.enter_context(alive(store, name))
+                wait_for_collectors(store, name)
+        except StoreError:
+            _logger.info("%s takes no signs of life; a collector could disturb this", store.uri)
+        yield
 
 
 def sign_of(key: str) -> str | None:

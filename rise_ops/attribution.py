@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from rise_ops.alive import alive_if_possible
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, placements, read_block
 from rise_ops.progress import Progress, silent
@@ -70,10 +71,11 @@ def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow]
     SourceError, ModelError
         Nothing was ingested, or the corpus is not wholly in the index of this model and sketch.
     """
-    indexed = open_indexed(store, config)
-    target = open_queries(store, config, indexed.index_id, rows)
-    extremes = find_extremes(store, indexed.index_id, indexed.blocks, {"queries": target}, k=k, progress=progress)
-    return explain(store, indexed.version, indexed.blocks, target, extremes)
+    with alive_if_possible(store, "attribution"):
+        indexed = open_indexed(store, config)
+        target = open_queries(store, config, indexed.index_id, rows)
+        extremes = find_extremes(store, indexed.index_id, indexed.blocks, {"queries": target}, k=k, progress=progress)
+        return explain(store, indexed.version, indexed.blocks, target, extremes)
 
 
 def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: Mapping[str, Target], *, k: int,
@@ -128,7 +130,7 @@ def locate(store: Store, version: CorpusVersion, blocks: Sequence[str], rows: pl
 
 
 def _content(store: Store, block_id: str, rows: pl.DataFrame) -> pl.DataFrame:
-    content = read_block(store, block_id, columns=["doc_id", "text"])
+    content = read_block(store, block_id, columns=["doc_id", "text", "prompt"]).drop("prompt")
     return rows.with_columns(block_id=pl.lit(block_id)).hstack(content[rows["block_row"].to_list()])
 
 

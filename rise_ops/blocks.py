@@ -131,8 +131,8 @@ def read_block(store: Store, block_id: str, columns: Sequence[str] | None = None
     Raises
     ------
     IntegrityError
-        The block is missing, is not Parquet, has a newer format, or, where all columns are read, is not what its
-        name says.
+        The block is missing, is not Parquet, has a newer format, or is not what its name says (where all columns are
+        read) or what its doc_ids say (where they, texts and prompts are).
     """
     key = block_key(block_id)
     try:
@@ -143,9 +143,17 @@ def read_block(store: Store, block_id: str, columns: Sequence[str] | None = None
             "its sources",
             store.url(key),
         ) from error
-    if columns is None and _id_of(frame) != block_id:
+    if (columns is None and _id_of(frame) != block_id) or not _texts_are_named(frame):
         raise DamagedError(f"{store.url(key)} does not hold the content that its name says; run again", store.url(key))
     return frame
+
+
+def _texts_are_named(frame: pl.DataFrame) -> bool:
+    """Whether texts have their doc_ids, where all that these are made of was read."""
+    if not {"doc_id", "text", "prompt"} <= set(frame.columns):
+        return True
+    names: list[str] = frame["doc_id"].to_list()
+    return names == doc_ids(frame["text"].to_list(), frame["prompt"].to_list())
 
 
 def _id_of(frame: pl.DataFrame) -> str | None:
@@ -179,11 +187,7 @@ def read_texts(store: Store, block_id: str) -> list[str]:
     IntegrityError
         The block is missing, or holds other rows than its doc_ids name.
     """
-    frame = read_block(store, block_id, columns=["doc_id", "text", "prompt"])
-    texts: list[str] = frame["text"].to_list()
-    if frame["doc_id"].to_list() != doc_ids(texts, frame["prompt"].to_list()):
-        where = store.url(block_key(block_id))
-        raise DamagedError(f"{where} does not hold the content that its doc_ids name; run again", where)
+    texts: list[str] = read_block(store, block_id, columns=["doc_id", "text", "prompt"])["text"].to_list()
     return texts
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -108,8 +109,6 @@ class CorpusVersion:
     """Source columns and their Arrow types; "json" where formats differ or have none."""
     sources: tuple[SourceEntry, ...]
     """Sorted by uri."""
-    snapshot_crc32c: int | None = None
-    """Checksum of the stored snapshot."""
 
     def to_json(self) -> dict[str, Any]:
         """As stored."""
@@ -119,7 +118,7 @@ class CorpusVersion:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CorpusVersion:
         """Inverse of `to_json`."""
-        plain = {name: value[name] for name in cls.__slots__ if name in value and name != "sources"}
+        plain = {name: value[name] for name in cls.__slots__ if name != "sources"}
         return cls(**plain, sources=tuple(SourceEntry.from_json(entry) for entry in value["sources"]))
 
 
@@ -182,9 +181,27 @@ def read_version(store: Store, name: str, number: int) -> CorpusVersion:
 
 def current_version(store: Store, name: str) -> CorpusVersion | None:
     """The version with the highest number, or None before the first."""
+    numbers = version_numbers(store, name)
+    return read_version(store, name, numbers[-1]) if numbers else None
+
+
+def version_numbers(store: Store, name: str) -> list[int]:
+    """Numbers of a corpus' versions, ascending."""
     matches = (_VERSION_NAME.match(child) for child in store.children(f"corpora/{name}/versions"))
-    numbers = [int(match[1]) for match in matches if match]
-    return read_version(store, name, max(numbers)) if numbers else None
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def latest_readable(store: Store, name: str) -> tuple[CorpusVersion | None, int]:
+    """What a run begins with: the latest version that is not damaged, and the highest number, which may be higher.
+
+    Readers use `current_version`, which refuses a damaged one: an older state must not pass for the current one. A
+    run publishes the state of the sources again, under a new number.
+    """
+    numbers = version_numbers(store, name)
+    for number in reversed(numbers):
+        with suppress(DamagedError):
+            return read_version(store, name, number), numbers[-1]
+    return None, numbers[-1] if numbers else 0
 
 
 def parent_version(store: Store, version: CorpusVersion) -> CorpusVersion | None:
@@ -227,14 +244,14 @@ def look_at_sources(
     SourceError, ConfigError, TransientError
         As `list_sources`.
     """
-    version = current_version(store, corpus.name)
+    version, _ = latest_readable(store, corpus.name)
     settings = ingest_fingerprint(corpus.fields, limits)
     return version, diff_sources(list_sources(corpus, store=store), version, settings)
 
 
 def list_incomplete(store: Store, version: CorpusVersion) -> set[str]:
     """Uris of the objects of a version that lack something in the store: a record, a pack, a block, the snapshot."""
-    if not store.exists(f"snapshots/{version.snapshot_id}.parquet"):
+    if not store.exists(snapshot_key(version.snapshot_id)):
         return {entry.uri for entry in version.sources}
     there = {key for folder in ("objects", "blocks") for key, _ in store.list(folder)}
 
@@ -263,8 +280,13 @@ def write_snapshot(store: Store, blocks: Iterable[BlockCount]) -> str:
     )
     buffer = io.BytesIO()
     frame.write_parquet(buffer, metadata={FORMAT_KEY: str(SNAPSHOT_FORMAT)})
-    store.create(f"snapshots/{snapshot_id}.parquet", buffer.getvalue())
+    store.create(snapshot_key(snapshot_id), buffer.getvalue())
     return snapshot_id
+
+
+def snapshot_key(snapshot_id: str) -> str:
+    """Where a snapshot is in the store."""
+    return f"snapshots/{snapshot_id}.parquet"
 
 
 def read_snapshot(store: Store, snapshot_id: str) -> pl.DataFrame:
@@ -272,10 +294,14 @@ def read_snapshot(store: Store, snapshot_id: str) -> pl.DataFrame:
 
     Raises
     ------
-    MissingObjectError, IntegrityError
+    IntegrityError
+        It is missing or damaged.
     """
-    columns = ("block_id", "rows", "characters")
-    return read_stored(store, f"snapshots/{snapshot_id}.parquet", columns=columns, known_format=SNAPSHOT_FORMAT)
+    key, columns = snapshot_key(snapshot_id), ("block_id", "rows", "characters")
+    try:
+        return read_stored(store, key, columns=columns, known_format=SNAPSHOT_FORMAT)
+    except MissingObjectError as error:
+        raise DamagedError(f"{store.url(key)} is missing; run again", store.url(key)) from error
 
 
 def placements(store: Store, version: CorpusVersion, block_ids: Sequence[str]) -> pl.DataFrame:

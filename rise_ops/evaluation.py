@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from rise_ops.alive import alive_if_possible
 from rise_ops.attribution import find_extremes
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, read_block
@@ -150,10 +151,11 @@ def evaluate_corpus(store: Store, config: CurationConfig, name: str, *, label: L
     """
     if name not in config.targets:
         raise ConfigError(f"--target {name}: not a target; known: {', '.join(config.targets) or 'none'}")
-    indexed = open_indexed(store, config)
-    target = open_target(store, config, indexed.index_id, name)
-    extremes = find_extremes(store, indexed.index_id, indexed.blocks, {name: target}, k=max(ks), progress=progress)
-    return evaluate(store, indexed.blocks, extremes, target, label=label, ks=ks)
+    with alive_if_possible(store, "evaluation"):
+        indexed = open_indexed(store, config)
+        target = open_target(store, config, indexed.index_id, name)
+        extremes = find_extremes(store, indexed.index_id, indexed.blocks, {name: target}, k=max(ks), progress=progress)
+        return evaluate(store, indexed.blocks, extremes, target, label=label, ks=ks)
 
 
 def evaluate_run(store: Store, version: CorpusVersion, blocks: Sequence[str], targets: Mapping[str, str],

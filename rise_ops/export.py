@@ -31,7 +31,8 @@ import polars as pl
 from rise_ops.columns import ColumnTypes
 from rise_ops.config import ExportConfig
 from rise_ops.corpus import CorpusVersion, read_block
-from rise_ops.errors import ConflictError
+from rise_ops.damage import noted_keys, settle
+from rise_ops.errors import ConflictError, DamagedError, MissingObjectError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.heap import steady_heap
 from rise_ops.memory import ExportMemory, export_memory
@@ -136,11 +137,11 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
         kept = Path(folder) / "kept.parquet"
         _spool_kept(store, run_id, kept, rows=plan.slice_rows)
         content = fingerprint([_content(kept), config.model_dump(mode="json"), lineage["identity"]])
-        for manifest in list_exports(store, name):
-            if manifest["content"] == content and not _reopen_broken(store, manifest):
-                return Export(name, manifest["version"], manifest["rows"], len(manifest["files"]), reused=True)
+        begun, finished = _claimed(store, name, content)
+        if finished is not None:
+            return Export(name, finished["version"], finished["rows"], len(finished["files"]), reused=True)
         claim = {**lineage, "run_id": run_id, "content": content}
-        number = _unfinished(store, name, content) or _claim(store, name, claim)
+        number = begun or _claim(store, name, claim)
         try:
             prefix = f"exports/{name}/{number}"
             files = list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
@@ -159,7 +160,8 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
         "rows": rows,
         "files": [asdict(file) for file in files],
     }
-    store.create_json(f"{prefix}/manifest.json", manifest)
+    store.create_json(manifest_key(name, number), manifest)
+    settle(store, prefix=f"{prefix}/")
     return Export(name, number, rows, len(files), reused=False)
 
 
@@ -197,26 +199,46 @@ targets; higher is better), `source_uri` and `source_row` (where the row stood; 
 """
 
 
-def _unfinished(store: Store, name: str, content: str) -> str | None:
-    """A version that a run claimed for the same content and did not finish: this one goes on with it."""
+def _claimed(store: Store, name: str, content: str) -> tuple[str | None, dict[str, Any] | None]:
+    """A version that a run claimed for this content and did not finish, or the manifest of one that is whole.
+
+    One that lost files, or whose files or manifest are damaged, is unpublished and counts as unfinished.
+    """
+    begun = None
     for version in reversed(store.children(f"exports/{name}")):
-        key = f"exports/{name}/{version}"
-        if store.exists(f"{key}/lineage.json") and not store.exists(f"{key}/manifest.json"):
-            claimed = store.get_json(f"{key}/lineage.json", format_version=FORMAT_VERSION, shape=ClaimShape)
-            if claimed["content"] == content:
-                return version
-    return None
+        folder = f"exports/{name}/{version}"
+        try:
+            claim = store.get_json(f"{folder}/lineage.json", format_version=FORMAT_VERSION, shape=ClaimShape)
+        except (MissingObjectError, DamagedError):  # it cannot be told whose it is
+            continue
+        if claim["content"] == content:
+            manifest = _whole(store, name, version)
+            if manifest is not None:
+                return None, manifest
+            begun = begun or version
+    return begun, None
 
 
-def _reopen_broken(store: Store, manifest: Mapping[str, Any]) -> bool:
-    """Whether an export lacks files; then it is unpublished first, and files of a wrong size are removed."""
-    folder = f"exports/{manifest['name']}/{manifest['version']}"
+def _whole(store: Store, name: str, version: str) -> dict[str, Any] | None:
+    """The manifest of an export that is not known to be broken; else what is broken goes, the manifest first."""
+    folder, key = f"exports/{name}/{version}", manifest_key(name, version)
+    try:
+        manifest = read_manifest(store, name, version)
+    except MissingObjectError:
+        manifest = None
+    except DamagedError:
+        store.delete([key])
+        manifest = None
+    noted = noted_keys(store, f"{folder}/")
     sizes = dict(store.list(folder))
-    wrong = [file for file in manifest["files"] if sizes.get(f"{folder}/{file['path']}") != file["bytes"]]
+    files = manifest["files"] if manifest is not None else []
+    wrong = {f"{folder}/{file['path']}" for file in files if sizes.get(f"{folder}/{file['path']}") != file["bytes"]}
+    wrong |= noted - {key}
     if wrong:
-        store.delete([f"{folder}/manifest.json"])
-        store.delete([f"{folder}/{file['path']}" for file in wrong])
-    return bool(wrong)
+        store.delete([key])
+        store.delete(sorted(wrong))
+        return None
+    return manifest
 
 
 def _claim(store: Store, name: str, lineage: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ Kept are
 - exports: all finished ones. What an export's manifest does not name, and an export without one, goes;
 - runs: the recorded ones whose corpus version is kept, and failed ones that are younger than the oldest kept
   version of their corpus. What a killed run left goes;
-- whatever these name: snapshots, object records, packs, blocks, the index blocks of kept blocks, targets, scores,
-  quarantine; and indexes that still have a block or a run.
+- whatever these name: snapshots, object records, packs, blocks, the index blocks of kept blocks, scores,
+  quarantine; indexes that still have a block or a run, and their targets.
 
 Everything is decided before anything is removed. Records go before what they vouch for, so that whatever moment
 the collector is stopped at, no reader takes half of something for the whole. It gives a sign of life
@@ -22,12 +22,13 @@ import secrets
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rise_ops.alive import COLLECTOR, alive, described, sign_of, signs
 from rise_ops.corpus import CorpusVersion, read_version, version_key
-from rise_ops.errors import ConflictError
+from rise_ops.errors import ConflictError, DamagedError, MissingObjectError
 from rise_ops.export import list_exports
 from rise_ops.runs import list_runs, read_run
 from rise_ops.store import Store
@@ -78,7 +79,7 @@ class Reached:
     exports: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     """Files of each finished export."""
     keys: set[str] = field(default_factory=set)
-    """What runs name: targets and scores, by their key without endings."""
+    """Scores that runs name, by their key without endings."""
 
 
 def collect_garbage(store: Store, *, keep: int | None = None, dry_run: bool = False) -> Json:
@@ -117,12 +118,25 @@ def collect_garbage(store: Store, *, keep: int | None = None, dry_run: bool = Fa
         reached = find_reached(store, keep=keep)
         found = list(_garbage(store, reached, {name}))
         report = _report(store, reached, found, dry_run=False)
-        order = {kind: place for place, kind in enumerate(_KINDS)}
-        keys = [key for _, key, _ in sorted(found, key=lambda item: (order[item[0]], not _vouches(item[1]), item[1]))]
-        for start in range(0, len(keys), _AT_ONCE):
-            store.delete(keys[start : start + _AT_ONCE])
+        _remove(store, found)
         _tidy(store)
     return report
+
+
+def _remove(store: Store, found: Sequence[tuple[str, str, int]]) -> None:
+    """Delete in order: kind after kind, what vouches for others first; a request deletes in no order of its own."""
+    places = {kind: place for place, kind in enumerate(_KINDS)}
+    ordered = sorted((places[kind], not _vouches(key), key) for kind, key, _ in found)
+    for _, group in groupby(ordered, key=lambda item: item[:2]):
+        keys = [key for *_, key in group]
+        for start in range(0, len(keys), _AT_ONCE):
+            store.delete(keys[start : start + _AT_ONCE])
+
+
+def _source(store: Store, manifest: Json) -> tuple[str, int]:
+    """Corpus and version that an export was made from."""
+    lineage = store.get_json(f"exports/{manifest['name']}/{manifest['version']}/lineage.json")
+    return str(lineage["corpus"]["name"]), int(lineage["corpus"]["version"])
 
 
 def find_reached(store: Store, *, keep: int | None) -> Reached:
@@ -135,13 +149,11 @@ def find_reached(store: Store, *, keep: int | None) -> Reached:
         reached.exports[manifest["name"], manifest["version"]] = files
     runs = {run_id: read_run(store, run_id) for run_id in list_runs(store)}
     oldest: dict[str, str] = {}
+    published = [_source(store, manifest) for manifest in exports]
+    reached.runs |= exporting  # also of a run that was killed before its record was written
     for corpus in store.children("corpora"):
         numbers = kept_versions(store, corpus, keep)
-        used = {
-            int(run["corpus"]["version"])
-            for run_id, run in runs.items()
-            if run_id in exporting and run["corpus"]["name"] == corpus and run["corpus"].get("version")
-        }
+        used = {number for name, number in published if name == corpus}
         there = set(kept_versions(store, corpus, None))
         versions = [read_version(store, corpus, number) for number in sorted({*numbers, *used} & there)]
         for version in versions:
@@ -186,7 +198,7 @@ def _reach_run(reached: Reached, run_id: str, run: Json) -> None:
         reached.indexes.add(run["index_id"])
     for stage in run["stages"]:
         for item in (*stage["inputs"], *stage["outputs"]):
-            found = re.search(rf"(?:targets/{_HEX}|scores/{_HEX}/{_HEX})(?=\.)", item["uri"])
+            found = re.search(rf"scores/{_HEX}/{_HEX}(?=\.)", item["uri"])
             if found:
                 reached.keys.add(found[0])
 
@@ -195,19 +207,32 @@ def _garbage(store: Store, reached: Reached, living: Collection[str]) -> Iterato
     """(kind, key, bytes) of everything that nothing reaches."""
     indexed: Counter[str] = Counter()
     idle: list[tuple[str, str, int]] = []
+    aside: list[tuple[str, str, str, int]] = []
     for key, size in store.list(""):
         kind, match = _kind(key)
         if match is None:
             continue
         if kind == "indexes":
             idle.append((match["index"], key, size))
+        elif kind == "targets":
+            aside.append((match["id"], kind, key, size))
         elif not _keeps(reached, kind, match, key, living):
             yield kind, key, size
         elif kind == "index records":
             indexed[match["index"]] += 1
-    for identity, key, size in idle:
-        if not indexed[identity] and identity not in reached.indexes:
-            yield "indexes", key, size
+    kept = reached.indexes | {identity for identity, count in indexed.items() if count}
+    yield from (("indexes", key, size) for identity, key, size in idle if identity not in kept)
+    targets = {name: _index_of(store, name) in kept for name in {item[0] for item in aside}}
+    yield from ((kind, key, size) for name, kind, key, size in aside if not targets[name])
+
+
+def _index_of(store: Store, target: str) -> str | None:
+    """The index that a target belongs to; None where its writing did not come to an end."""
+    try:
+        found: str = store.get_json(f"targets/{target}.json")["index_id"]
+    except (MissingObjectError, DamagedError, KeyError):
+        return None
+    return found
 
 
 def _kind(key: str) -> tuple[str, re.Match[str] | None]:
@@ -235,14 +260,14 @@ def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, living: 
         return key in reached.versions
     if kind == "exports":
         return match["path"] in reached.exports.get((match["name"], match["version"]), ())
-    if kind in ("targets", "scores"):
+    if kind == "scores":
         return key.partition(".")[0] in reached.keys
     return kind == "signs of life" and sign_of(key) in living
 
 
 def _vouches(key: str) -> bool:
     """Whether an object makes others count."""
-    return key.endswith(("/manifest.json", "/run.json")) or (key.count("/") < 2 and key.endswith(".json"))
+    return key.endswith(("/manifest.json", "/run.json")) or (key.endswith(".json") and not key.startswith("runs/"))
 
 
 def _report(store: Store, reached: Reached, found: Sequence[tuple[str, str, int]], *, dry_run: bool) -> Json:

@@ -90,6 +90,8 @@ def prepare_index(store: Store, signer: Signer, *, model: ModelConfig) -> str:
     trunk = signer.trunk
     identity = index_id(trunk.fingerprint, signer.sketch)
     key = index_key(identity)
+    if store.exists(key):
+        _refuse_other_tables(store, identity, signer)
     signer.tables.save(store, f"indexes/{identity}/tables.zarr")
     document = {
         "format_version": FORMAT_VERSION,
@@ -103,13 +105,21 @@ def prepare_index(store: Store, signer: Signer, *, model: ModelConfig) -> str:
         "dtype": "float16",
     }
     if not store.create_json(key, document):
-        found = describe_index(store, identity)
-        if found["tables_sha256"] != signer.tables.sha256:
-            raise IntegrityError(
-                f"{store.url(key)} was made with other sketch tables than this PyTorch draws from seed "
-                f"{signer.sketch.seed}; use the PyTorch it was made with, or another seed"
-            )
+        _refuse_other_tables(store, identity, signer)
     return identity
+
+
+def tables_key(identity: str) -> str:
+    """What is written last of an index' sketch tables."""
+    return f"indexes/{identity}/tables.zarr/zarr.json"
+
+
+def _refuse_other_tables(store: Store, identity: str, signer: Signer) -> None:
+    if describe_index(store, identity)["tables_sha256"] != signer.tables.sha256:
+        raise IntegrityError(
+            f"{store.url(index_key(identity))} was made with other sketch tables than this PyTorch draws from seed "
+            f"{signer.sketch.seed}; use the PyTorch it was made with, or another seed"
+        )
 
 
 def read_index(store: Store, identity: str, *, model: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import polars as pl
 from rise_ops.blocks import read_doc_ids
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, parent_version
-from rise_ops.index import IndexListing, index_id, index_key
+from rise_ops.index import IndexListing, index_id, index_key, tables_key
 from rise_ops.model_files import model_fingerprint
 from rise_ops.reuse import candidate_blocks, find_rows, write_reuse
 from rise_ops.session import block_rows
@@ -54,7 +54,7 @@ def plan_work(store: Store, config: CurationConfig, version: CorpusVersion, *, r
     model = model_fingerprint(config.model)
     identity = index_id(model, config.sketch)
     rows_of = block_rows(store, version)
-    described = store.exists(index_key(identity))
+    described = store.exists(index_key(identity)) and store.exists(tables_key(identity))
     earlier = parent_version(store, version)
     missing, matches = find_missing(
         store, config, identity, rows_of, earlier=earlier, doc_ids=lambda block: read_doc_ids(store, block)

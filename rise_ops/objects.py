@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rise_ops.blocks import FORMAT_KEY, MIN_ROWS, RowBuffer, block_schema, parquet_bytes, read_stored
+from rise_ops.errors import DamagedError, MissingObjectError
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.rows import RowFault, raw_text, well_formed
 from rise_ops.shapes import RecordShape
@@ -165,10 +166,15 @@ def read_record(store: Store, record: str) -> ObjectRecord:
 
     Raises
     ------
-    MissingObjectError, IntegrityError
+    IntegrityError
+        It is missing or damaged.
     """
+    key = record_key(record)
     options: dict[str, Any] = {"shape": RecordShape, "holds": {"record": record}}
-    return ObjectRecord.from_json(store.get_json(record_key(record), format_version=RECORD_FORMAT, **options))
+    try:
+        return ObjectRecord.from_json(store.get_json(key, format_version=RECORD_FORMAT, **options))
+    except MissingObjectError as error:
+        raise DamagedError(f"{store.url(key)} is missing; run again", store.url(key)) from error
 
 
 def remember(store: Store, source: SourceObject, record: str, ingest_fingerprint: str) -> None:

@@ -34,6 +34,7 @@ from rise_ops.blocks import (
     write_block,
 )
 from rise_ops.checksums import stored_crc32c
+from rise_ops.errors import DamagedError, MissingObjectError
 from rise_ops.hashing import fingerprint
 from rise_ops.objects import RECORD_FORMAT, BlockCount, ObjectRecord, places_key, record_key, rows_key
 from rise_ops.shapes import PackShape
@@ -135,7 +136,11 @@ def _gather(store: Store, members: Sequence[ObjectRecord]) -> tuple[RowBuffer, d
     columns = (*RowBuffer().columns(), "source_row")
 
     def load(member: ObjectRecord) -> pl.DataFrame:
-        return read_stored(store, rows_key(member.record), columns=columns, known_format=RECORD_FORMAT)
+        key = rows_key(member.record)
+        try:
+            return read_stored(store, key, columns=columns, known_format=RECORD_FORMAT)
+        except MissingObjectError as error:
+            raise DamagedError(f"{store.url(key)} is missing; run again", store.url(key)) from error
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         frames = list(pool.map(load, members))

@@ -8,7 +8,6 @@ block's.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from rise_ops.diff import CorpusState, ObjectState
 from rise_ops.ingest import preview_object
 from rise_ops.objects import BlockCount, ObjectRecord, read_record, read_rows_doc_ids, record_key
 from rise_ops.packs import pack_id, plan_packs, read_pack
+from rise_ops.spool import spool
 from rise_ops.store import Store
 
 _DIGEST_BYTES = 32
@@ -47,7 +47,7 @@ class DocIdSpool:
     Parameters
     ----------
     file
-        Unbuffered, for writing and reading.
+        For writing and reading.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -61,7 +61,9 @@ class DocIdSpool:
     def add(self, name: str, doc_ids: list[str]) -> None:
         """Keep the doc_ids of one block or object."""
         self._places[name] = (self._end, len(doc_ids))
-        self._end += os.pwrite(self._file.fileno(), bytes.fromhex("".join(doc_ids)), self._end)
+        self._file.seek(self._end)
+        self._end += self._file.write(bytes.fromhex("".join(doc_ids)))
+        self._file.flush()  # what reads does not go through the file's buffer
 
     def read(self, name: str) -> pl.Series:
         """The doc_ids again."""
@@ -87,7 +89,8 @@ def preview_corpus(store: Store, config: CurationConfig, diff: SourceDiff, *, de
     SourceError, IntegrityError, TransientError
     """
     with ExitStack() as stack:
-        spool = DocIdSpool(stack.enter_context(tempfile.TemporaryFile(prefix="curate-", buffering=0)))
+        file = (stack.enter_context(spool()) / "doc_ids").open("w+b")
+        kept = DocIdSpool(stack.enter_context(file))
         records = {} if deep else {entry.uri: read_record(store, entry.record) for entry in diff.unchanged}
         for source in diff.to_read(deep=deep):
             small: list[str] = []
@@ -97,24 +100,24 @@ def preview_corpus(store: Store, config: CurationConfig, diff: SourceDiff, *, de
                 corpus=config.corpus,
                 limits=config.limits,
                 deep=deep,
-                on_rows=_keeper(spool, small),
+                on_rows=_keeper(kept, small),
             )
             if small:
-                spool.add(records[source.uri].record, small)
-        yield _preview(store, records, spool)
+                kept.add(records[source.uri].record, small)
+        yield _preview(store, records, kept)
 
 
-def _keeper(spool: DocIdSpool, small: list[str]) -> Callable[[str | None, RowBuffer], None]:
+def _keeper(kept: DocIdSpool, small: list[str]) -> Callable[[str | None, RowBuffer], None]:
     def keep(block_id: str | None, rows: RowBuffer) -> None:
         if block_id is None:
             small.extend(rows.doc_id)
-        elif block_id not in spool:
-            spool.add(block_id, rows.doc_id)
+        elif block_id not in kept:
+            kept.add(block_id, rows.doc_id)
 
     return keep
 
 
-def _preview(store: Store, records: Mapping[str, ObjectRecord], spool: DocIdSpool) -> Preview:
+def _preview(store: Store, records: Mapping[str, ObjectRecord], kept: DocIdSpool) -> Preview:
     blocks = {block.block_id: block for record in records.values() for block in record.blocks}
     counts = Counter(block.block_id for record in records.values() for block in record.blocks)
     members: dict[str, list[str]] = {}
@@ -127,12 +130,12 @@ def _preview(store: Store, records: Mapping[str, ObjectRecord], spool: DocIdSpoo
         pack_of |= dict.fromkeys(members[block.block_id], block.block_id)
 
     def small_doc_ids(record: str) -> pl.Series:
-        return spool.read(record) if record in spool else read_rows_doc_ids(store, record)
+        return kept.read(record) if record in kept else read_rows_doc_ids(store, record)
 
     def doc_ids(block: str) -> pl.Series:
         if block in members:
             return pl.concat([small_doc_ids(record) for record in members[block]])
-        return spool.read(block) if block in spool else read_doc_ids(store, block)
+        return kept.read(block) if block in kept else read_doc_ids(store, block)
 
     def located(record: ObjectRecord) -> ObjectState:
         own = tuple(block.block_id for block in record.blocks)

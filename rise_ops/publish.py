@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from rise_ops.checksums import stored_crc32c
 from rise_ops.config import CorpusConfig, LimitsConfig
 from rise_ops.corpus import (
     CorpusVersion,
     SourceEntry,
-    current_version,
+    latest_readable,
     list_sources,
+    snapshot_key,
     version_key,
     write_snapshot,
 )
@@ -80,8 +80,9 @@ def publish(
     settings = ingest_fingerprint(corpus.fields, limits)
     entries = _merged(objects, unchanged)
     check_rows(store, entries, corpus=corpus.name, run_id=run_id, limits=limits)
-    current = current_version(store, corpus.name)
-    if current is not None and current.ingest_fingerprint == settings and current.sources == entries:
+    current, number = latest_readable(store, corpus.name)
+    same = current is not None and current.ingest_fingerprint == settings and current.sources == entries
+    if same and current is not None and number == current.version and store.exists(snapshot_key(current.snapshot_id)):
         return current
     records = _records(store, entries)
     packs = {record: pack for pack in pack_objects(store, records.values()) for record in pack.members}
@@ -99,10 +100,9 @@ def publish(
         rejected=sum(entry.rejected for entry in entries),
         fields=_fields(records.values()),
         sources=entries,
-        snapshot_crc32c=stored_crc32c(store, f"snapshots/{snapshot_id}.parquet"),
     )
     seen = compared_with if compared_with is not None else current.version if current else 0
-    return _commit(store, draft, current, corpus=corpus, seen=seen)
+    return _commit(store, draft, current, number, corpus=corpus, seen=seen)
 
 
 def _merged(objects: Sequence[IngestedObject], unchanged: Sequence[SourceEntry]) -> tuple[SourceEntry, ...]:
@@ -156,18 +156,19 @@ def _fields(records: Iterable[ObjectRecord]) -> dict[str, str]:
 
 
 def _commit(
-    store: Store, draft: CorpusVersion, current: CorpusVersion | None, *, corpus: CorpusConfig, seen: int
+    store: Store, draft: CorpusVersion, current: CorpusVersion | None, number: int, *, corpus: CorpusConfig, seen: int
 ) -> CorpusVersion:
+    """Publish after `current`, under a number above `number`, the highest that there is, readable or not."""
     for _ in range(_ATTEMPTS):
-        if current is not None and _says_the_same(current, draft):
+        if current is not None and current.version == number and _says_the_same(current, draft):
             return current
         if current is not None and current.version != seen:
             _refuse_outdated(store, draft, current, corpus=corpus)
         parent = None if current is None else current.version
-        version = replace(draft, version=(parent or 0) + 1, parent=parent)
+        version = replace(draft, version=number + 1, parent=parent)
         if store.create_json(version_key(version.corpus, version.version), version.to_json()):
             return version
-        current = current_version(store, draft.corpus)
+        current, number = latest_readable(store, draft.corpus)
     raise ConflictError(
         f"corpus {draft.corpus}: other runs published {_ATTEMPTS} versions meanwhile; run again when they have finished"
     )

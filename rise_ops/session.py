@@ -60,7 +60,7 @@ def _signer(uri: str, model: ModelConfig, sketch: SketchConfig, memory: int) -> 
     trunk = load_trunk(model)
     folder = f"indexes/{index_id(trunk.fingerprint, sketch)}"
     # an index keeps its tables: PyTorch does not promise its random streams across releases
-    tables = load_tables(store, f"{folder}/tables.zarr") if store.exists(f"{folder}/index.json") else None
+    tables = load_tables(store, f"{folder}/tables.zarr") if store.exists(f"{folder}/tables.zarr/zarr.json") else None
     return Signer(trunk, sketch, tables=tables, memory=memory)
 
 

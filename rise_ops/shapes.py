@@ -136,6 +136,7 @@ class NoteShape:
 
     key: str
     problem: str
+    crc32c: Checksum | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,12 @@ import polars as pl
 
 from rise_ops.blocks import read_doc_ids
 from rise_ops.checksums import stored_crc32c
+from rise_ops.errors import DamagedError, MissingObjectError
 from rise_ops.memory import EXTREMES, RRF_DEPTH, value_memory
 from rise_ops.parts import SCORES_FORMAT, Part
 from rise_ops.progress import Progress, silent
 from rise_ops.scan import BLOCK_SHIFT, Extremes, Float32Array, ScoredRows, score_blocks, smallest
+from rise_ops.shapes import PartShape
 from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_table
@@ -229,10 +231,29 @@ def iter_part_scores(store: Store, parts: Sequence[Part], targets: Sequence[str]
     columns = ["block", "block_id", "block_row", "doc_id", "tokens", "chunks"]
     fusion = _Fusion(store, parts, targets) if aggregate == "rrf" else None
     for part in parts:
+        check_part(store, part)
         wanted = columns if fusion else [*columns, *scores]
         for frame in _gathered(iter_table(store, part.scores, columns=wanted, rows=rows, known=SCORES_FORMAT), rows):
             placed = frame.with_columns(pl.col("block") + pl.lit(part.first_block, pl.UInt32))
             yield placed if fusion is None else fusion.join(placed, scores)
+
+
+def check_part(store: Store, part: Part) -> None:
+    """Hold the scores of a part against the checksum in its record.
+
+    Raises
+    ------
+    DamagedError
+        They are not what was written, or the part is not there.
+    """
+    try:
+        record = store.get_json(part.record, format_version=SCORES_FORMAT, shape=PartShape)
+        right = stored_crc32c(store, part.scores) == record["crc32c"]["scores"]
+    except (MissingObjectError, KeyError):
+        right = False
+    if not right:
+        where = store.url(part.scores)
+        raise DamagedError(f"{where} is missing or does not match its checksum; run again", where)
 
 
 def _gathered(frames: Iterator[pl.DataFrame], rows: int) -> Iterator[pl.DataFrame]:

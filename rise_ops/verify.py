@@ -11,15 +11,15 @@ Nothing is changed. What is broken is noted (`rise_ops.damage`), and the next ru
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
-from rise_ops.blocks import RowBuffer, block_key, doc_ids, read_block, read_stored
+from rise_ops.blocks import block_key, read_block, read_stored
 from rise_ops.checksums import crc32c, stored_crc32c
-from rise_ops.corpus import CorpusVersion, read_snapshot, read_version
+from rise_ops.corpus import CorpusVersion, read_snapshot, read_version, snapshot_key, version_key, version_numbers
 from rise_ops.damage import Damage, note_damage
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
 from rise_ops.export import manifest_key, read_manifest
@@ -36,7 +36,9 @@ from rise_ops.targets import read_target
 Json = dict[str, Any]
 
 AGAIN = "the next run makes it again"
-GONE = "restore it from a backup"
+EXPORT = "`curate export` with the configuration that made it makes it again"
+PUBLISH = "the next run publishes the corpus under a new version"
+GONE = "restore it from a backup: only runs on this older version need it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def verify_store(store: Store, *, deep: bool = False) -> Json:
             broken.append({"key": check.key, "problem": problem, "remedy": check.remedy})
     noted = True
     try:
-        note_damage(store, [Damage(item["key"], item["problem"]) for item in broken if item["remedy"] == AGAIN])
+        note_damage(store, [Damage(item["key"], item["problem"]) for item in broken if item["remedy"] != GONE])
     except CurationError:
         noted = False
     return {"store": store.uri, "deep": deep, "checked": checked, "broken": broken, "noted": noted}
@@ -90,41 +92,65 @@ def _checks(store: Store, *, deep: bool) -> Iterator[_Check]:
 
 def _corpora(store: Store, *, deep: bool) -> Iterator[_Check]:
     versions: list[CorpusVersion] = []
+    latest: list[CorpusVersion] = []
     for corpus in store.children("corpora"):
-        names = [name for name in store.children(f"corpora/{corpus}/versions") if name.removesuffix(".json").isdigit()]
-        for name in names:
-            yield _version(store, corpus, name, versions, is_latest=name == names[-1])
-    snapshots = {version.snapshot_id: version.snapshot_crc32c for version in versions}
-    for snapshot, checksum in snapshots.items():
-        yield _snapshot(store, snapshot, checksum, deep=deep)
-    entries = [entry for version in versions for entry in version.sources]
-    objects = {key for key, _ in store.list("objects")}
-    for record in dict.fromkeys(entry.record for entry in entries):
-        yield from _record(store, record, objects, deep=deep)
-    for pack in dict.fromkeys(entry.pack for entry in entries if entry.pack is not None):
-        yield from _pack(store, pack, objects, deep=deep)
-    blocks = {key for key, _ in store.list("blocks")}
-    for block in dict.fromkeys(block for entry in entries for block in entry.blocks):
-        yield _block(store, block, blocks, deep=deep)
+        numbers = version_numbers(store, corpus)
+        for number in numbers:
+            yield _version(store, corpus, number, versions, is_latest=number == numbers[-1])
+        latest += versions[-1:] if versions and versions[-1].corpus == corpus else []
+    # what the latest versions have, runs make again; of the rest, the sources may not be what they were
+    current = {name for version in latest for name in _names(version)}
+    rest = {name for version in versions for name in _names(version)} - current
+    objects, blocks = ({key for key, _ in store.list(folder)} for folder in ("objects", "blocks"))
+    for names, remedy in ((current, AGAIN), (rest, GONE)):
+        for check in _contents(store, sorted(names), objects, blocks, deep=deep):
+            yield replace(check, remedy=remedy)
 
 
-def _version(store: Store, corpus: str, name: str, found: list[CorpusVersion], *, is_latest: bool) -> _Check:
+def _names(version: CorpusVersion) -> Iterator[tuple[str, str]]:
+    """Everything that a version names, by kind; blocks before the snapshot that counts their rows."""
+    for entry in version.sources:
+        yield "record", entry.record
+        if entry.pack is not None:
+            yield "pack", entry.pack
+        yield from (("block", block) for block in entry.blocks)
+    yield "snapshot", version.snapshot_id
+
+
+def _contents(
+    store: Store, names: Sequence[tuple[str, str]], objects: set[str], blocks: set[str], *, deep: bool
+) -> Iterator[_Check]:
+    counts: dict[str, tuple[int, int]] = {}
+    for kind, name in names:
+        if kind == "record":
+            yield from _record(store, name, objects, deep=deep)
+        elif kind == "pack":
+            yield from _pack(store, name, objects, deep=deep)
+        elif kind == "block":
+            yield _block(store, name, blocks, counts, deep=deep)
+        else:
+            yield _snapshot(store, name, counts, deep=deep)
+
+
+def _version(store: Store, corpus: str, number: int, found: list[CorpusVersion], *, is_latest: bool) -> _Check:
     def look() -> None:
-        found.append(read_version(store, corpus, int(name.removesuffix(".json"))))
+        found.append(read_version(store, corpus, number))
 
-    return _Check(f"corpora/{corpus}/versions/{name}", AGAIN if is_latest else GONE, look)
+    return _Check(version_key(corpus, number), PUBLISH if is_latest else GONE, look)
 
 
-def _snapshot(store: Store, snapshot: str, checksum: int | None, *, deep: bool) -> _Check:
-    key = f"snapshots/{snapshot}.parquet"
+def _snapshot(store: Store, snapshot: str, counts: Mapping[str, tuple[int, int]], *, deep: bool) -> _Check:
+    """`counts`: rows and characters of the blocks that were read."""
+    key = snapshot_key(snapshot)
 
     def look() -> str | None:
         if not deep:
             return None if store.exists(key) else "is missing"
-        blocks = read_snapshot(store, snapshot)["block_id"].to_list()
-        if fingerprint(blocks) != snapshot:
+        frame = read_snapshot(store, snapshot)
+        if fingerprint(frame["block_id"].to_list()) != snapshot:
             return "does not hold the blocks that its name says"
-        return _mismatch(store, key, checksum)
+        wrong = [block for block, *found in frame.iter_rows() if counts.get(block, tuple(found)) != tuple(found)]
+        return f"counts the rows of block {wrong[0]} wrongly" if wrong else None
 
     return _Check(key, AGAIN, look)
 
@@ -171,24 +197,18 @@ def _mismatch(store: Store, key: str, checksum: int | None) -> str | None:
     return None if stored_crc32c(store, key) == checksum else "does not match its checksum"
 
 
-def _block(store: Store, block_id: str, there: set[str], *, deep: bool) -> _Check:
+def _block(store: Store, block_id: str, there: set[str], counts: dict[str, tuple[int, int]], *, deep: bool) -> _Check:
     key = block_key(block_id)
 
     def look() -> str | None:
         if key not in there:
             return "is missing"
-        return _misnamed(read_block(store, block_id), block_id) if deep else None
+        if deep:
+            texts = read_block(store, block_id)["text"]  # which compares all its columns with the id
+            counts[block_id] = (len(texts), int(texts.str.len_chars().sum()))
+        return None
 
     return _Check(key, AGAIN, look)
-
-
-def _misnamed(frame: pl.DataFrame, block_id: str) -> str | None:
-    names = ("doc_id", "text", "prompt", "text_field", "meta")
-    doc_id, text, prompt, text_field, meta = (frame[name].to_list() for name in names)
-    rows = RowBuffer(doc_id, text, prompt, text_field, meta)
-    if rows.block_id() != block_id or rows.doc_id != doc_ids(rows.text, rows.prompt):
-        return "does not hold the content that its name says"
-    return None
 
 
 def _indexes(store: Store, *, deep: bool) -> Iterator[_Check]:
@@ -273,7 +293,7 @@ def _export(store: Store, name: str, version: str, *, deep: bool) -> Iterator[_C
     def look() -> None:
         files.extend(read_manifest(store, name, version)["files"])
 
-    yield _Check(manifest_key(name, version), AGAIN, look)
+    yield _Check(manifest_key(name, version), EXPORT, look)
     for file in files:
         yield _exported(store, f"{folder}/{file['path']}", file, deep=deep)
 
@@ -286,4 +306,4 @@ def _exported(store: Store, key: str, file: Json, *, deep: bool) -> _Check:
             return "does not match its checksum"
         return None
 
-    return _Check(key, AGAIN, look)
+    return _Check(key, EXPORT, look)

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rise_ops.config import CorpusConfig, LimitsConfig
-from rise_ops.corpus import list_incomplete, look_at_sources, read_version
-from rise_ops.diff import diff_versions
+from rise_ops.corpus import CorpusVersion, list_incomplete, look_at_sources, read_version
+from rise_ops.diff import CorpusDiff, diff_versions
+from rise_ops.errors import IntegrityError
 from rise_ops.ingest import IngestedObject, ingest_object, is_held, publish
 from rise_ops.memory import ingest_memory
 from rise_ops.rows import ingest_fingerprint
@@ -79,17 +80,31 @@ def ingest_objects(
     return {"objects": results}
 
 
+def _compared(store: Store, previous: int | None, published: CorpusVersion, *, memory: int) -> CorpusDiff | None:
+    """What the published version changed; None where the previous one is damaged, which must not fail a run."""
+    try:
+        old = None if previous is None else read_version(store, published.corpus, previous)
+        return diff_versions(store, old, published, memory=memory)
+    except IntegrityError as error:
+        _logger.warning("the changes since version %s are not known: %s", previous, error)
+        return None
+
+
 @stage("publish")
 def publish_corpus(
     store_uri: str,
     objects: list[Json],
     parent: int | None,
+    previous: int | None,
     unchanged: list[str],
     run_id: str,
     corpus: CorpusConfig,
     limits: LimitsConfig,
 ) -> Json:
-    """Pack small objects, check the limit on bad rows, and publish the corpus version."""
+    """Pack small objects, check the limit on bad rows, and publish the corpus version.
+
+    `previous`: the version that the published one is compared with in the run's record.
+    """
     store = Store(store_uri)
     version = None if parent is None else read_version(store, corpus.name, parent)
     same = set(unchanged)
@@ -103,10 +118,10 @@ def publish_corpus(
         limits=limits,
         compared_with=parent or 0,
     )
-    diff = diff_versions(store, version, published, memory=int(limits.memory))
+    diff = _compared(store, previous, published, memory=int(limits.memory))
     return {
-        "diff": diff.to_json(),
-        "rows_new": diff.rows_new,
+        "diff": diff.to_json() if diff else None,
+        "rows_new": diff.rows_new if diff else None,
         "version": published.version,
         "snapshot_id": published.snapshot_id,
         "rows": published.rows,

@@ -17,10 +17,13 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from rise_ops.alive import alive, wait_for_collectors
 from rise_ops.config import CurationConfig
-from rise_ops.damage import damage_of, note_damage
+from rise_ops.damage import damage_of, note_damage, settle
 from rise_ops.errors import ConfigError, CurationError, DamagedError
+from rise_ops.examples import examples_key
+from rise_ops.quarantine import quarantine_key
 from rise_ops.report import write_report
 from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
+from rise_ops.selection import decisions_key
 from rise_ops.store import Store
 
 Json = dict[str, Any]
@@ -57,6 +60,9 @@ class Recorder:
         if run_id is not None and self.store.children(f"runs/{run_id}"):
             raise ConfigError(f"run {run_id} is in {config.store} already; give another run_id, or none")
         self.counts: Json = {}
+        self.rows_sketched = 0
+        """Over all attempts."""
+        self._mended: set[str] = set()
         self.report: str | None = None
         self._clock = time.perf_counter()
         self.record: Json = {
@@ -96,12 +102,19 @@ class Recorder:
         )
 
     def mend(self, error: DamagedError) -> bool:
-        """Note a broken object and forget the stages so far, which are to run again. False: it cannot be noted."""
+        """Note a broken object and forget what the stages have done so far, so that they can run again.
+
+        False: it cannot be noted, or was made again once already.
+        """
         damage = damage_of(self.store, error)
-        if damage is None:
+        if damage is None or damage.key in self._mended:
             return False
+        self._mended.add(damage.key)
+        # what this attempt decided is not for the next one, which may find the sources changed
+        own = (decisions_key(self.run_id), examples_key(self.run_id), quarantine_key(self.run_id))
         try:
             note_damage(self.store, [damage])
+            self.store.delete(own)
         except CurationError:  # a store that refuses would hide the error behind its own
             return False
         self.record["stages"] = []
@@ -126,6 +139,7 @@ class Recorder:
             self.record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}
         if error is None:
+            settle(self.store)
             write_run(self.store, self.record)
             self.report = write_report(self.store, self.run_id)
             self._publish_artifacts()

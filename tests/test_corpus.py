@@ -17,6 +17,8 @@ from rise_ops.corpus import (
     CorpusVersion,
     current_version,
     diff_sources,
+    latest_readable,
+    list_incomplete,
     list_sources,
     placements,
     read_rows,
@@ -225,15 +227,38 @@ def test_equal_publications_are_one(local: Store, tmp_path: Path, monkeypatch: p
     one = ingest_path(local, write_as(tmp_path / "a.jsonl", make_rows(300)))
     corpus = corpus_of(tmp_path / "*.jsonl")
     winner = publish(local, corpus=corpus, objects=[one], unchanged=[], run_id="winner", limits=NO_LIMITS)
-    seen = iter([None])
-    monkeypatch.setattr("rise_ops.publish.current_version", lambda *_: next(seen, winner))
+    seen = iter([(None, 0)])
+    monkeypatch.setattr("rise_ops.publish.latest_readable", lambda *_: next(seen, (winner, 1)))
     assert publish(local, corpus=corpus, objects=[one], unchanged=[], run_id="loser", limits=NO_LIMITS) == winner
+
+
+def test_a_damaged_version_is_followed_by_a_new_number(local: Store, tmp_path: Path) -> None:
+    path = write_as(tmp_path / "a.jsonl", make_rows(300))
+    corpus = corpus_of(path)
+    first = ingest_all(local, corpus)
+    local.create("corpora/corpus/versions/000000000002.json", b"{cut off")
+    with pytest.raises(IntegrityError, match="000000000002"):
+        current_version(local, "corpus")  # the older one must not pass for the current one
+    assert latest_readable(local, "corpus") == (first, 2)
+    third = publish(local, corpus=corpus, objects=[], unchanged=first.sources, run_id="run", limits=NO_LIMITS)
+    assert (third.version, third.parent, third.snapshot_id) == (3, 1, first.snapshot_id)
+    assert current_version(local, "corpus") == third
+
+
+def test_a_snapshot_that_is_gone_is_written_again(local: Store, tmp_path: Path) -> None:
+    corpus = corpus_of(write_as(tmp_path / "a.jsonl", make_rows(300)))
+    first = ingest_all(local, corpus)
+    before = read_snapshot(local, first.snapshot_id)
+    local.delete([f"snapshots/{first.snapshot_id}.parquet"])
+    assert list_incomplete(local, first) == {first.sources[0].uri}
+    assert publish(local, corpus=corpus, objects=[], unchanged=first.sources, run_id="run", limits=NO_LIMITS) == first
+    assert read_snapshot(local, first.snapshot_id).equals(before)
 
 
 def test_endless_conflict_is_named(local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = ingest_path(local, write_as(tmp_path / "a.jsonl", make_rows(300)))
     local.create_json(version_key("corpus", 1), {"format_version": 1})
-    monkeypatch.setattr("rise_ops.publish.current_version", lambda *_: None)
+    monkeypatch.setattr("rise_ops.publish.latest_readable", lambda *_: (None, 0))
     with pytest.raises(ConflictError, match="published 5 versions"):
         publish(local, corpus=corpus_of(tmp_path / "*"), objects=[one], unchanged=[], run_id="loser", limits=NO_LIMITS)
 

@@ -123,7 +123,7 @@ def test_a_part_that_is_damaged_or_missing_is_named(indexed: Indexed) -> None:
         list(iter_part_scores(store, [part], ["good"], "mean", rows=100))
     assert caught.value.where == store.url(part.scores)
     store.create(part.scores, b"PAR1 and then nothing of the kind")
-    with pytest.raises(DamagedError, match="is damaged"):
+    with pytest.raises(DamagedError, match="does not match its checksum"):
         list(iter_part_scores(store, [part], ["good"], "mean", rows=100))
 
 

@@ -13,7 +13,7 @@ from rise_ops import blocks, index, reuse
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, parent_version
 from rise_ops.hashing import sha256_hex
-from rise_ops.index import IndexListing, index_id, index_key, iter_signatures, read_counts, read_record
+from rise_ops.index import IndexListing, index_id, index_key, iter_signatures, read_counts, read_record, tables_key
 from rise_ops.index_plan import IndexWork, plan_work
 from rise_ops.indexing import sketch_blocks
 from rise_ops.model_files import model_fingerprint
@@ -73,6 +73,7 @@ def fill(store: Store, config: CurationConfig, version: CorpusVersion, run_id: s
     found = read_reuse(store, set(work.reuse.values()), work.missing)
     sketch_blocks(store, work.index_id, work.missing, dim=DIM, signer=lambda: signer, reuse=found)
     store.create_json(index_key(work.index_id), {"format_version": 1})
+    store.create(tables_key(work.index_id), b"{}")
     return work, signer
 
 
