@@ -25,6 +25,7 @@ from rise_ops.visible import visible
 if TYPE_CHECKING:
     from flows.curate import Until
     from rise_ops.config import CurationConfig
+    from rise_ops.store import Store
 
 app = typer.Typer(
     name="curate",
@@ -50,9 +51,10 @@ def options(
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     if not verbose:  # Prefect's logs go to its server only: what they say of an error, the last line says better
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-        handler.addFilter(lambda record: not record.name.startswith("prefect"))
+        handler.addFilter(lambda record: record.name.partition(".")[0] in ("rise_ops", "tasks", "flows"))
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
 
@@ -210,9 +212,8 @@ def diff(
     """What changed between two versions of a corpus: objects, blocks and rows."""
     from flows.console import show_diff
     from rise_ops.diff import diff_numbers
-    from rise_ops.store import Store
 
-    found = diff_numbers(Store(store), corpus, old=old, new=new)
+    found = diff_numbers(_opened(store), corpus, old=old, new=new)
     _emit(found, json_, lambda: show_diff(found))
 
 
@@ -224,10 +225,9 @@ def verify(
 ) -> None:
     """Check that the store holds what its records promise; exits 1 where it does not."""
     from flows.console import show_faults
-    from rise_ops.store import Store
     from rise_ops.verify import verify_store
 
-    found = verify_store(Store(store), deep=deep)
+    found = verify_store(_opened(store), deep=deep)
     _emit(found, json_, lambda: show_faults(found))
     if found["broken"]:
         raise typer.Exit(1)
@@ -246,9 +246,8 @@ def gc(
     """Remove what no corpus version, run or export reaches. Does nothing while a run is at work."""
     from flows.console import show_garbage
     from rise_ops.garbage import collect_garbage
-    from rise_ops.store import Store
 
-    opened = Store(store)
+    opened = _opened(store)
     if not (dry_run or yes or json_) and sys.stdin.isatty():
         planned = collect_garbage(opened, keep=keep, dry_run=True)
         show_garbage(planned)
@@ -335,6 +334,15 @@ def _has_server() -> bool:
     from prefect.settings import get_current_settings
 
     return bool(get_current_settings().api.url)
+
+
+def _opened(uri: str) -> Store:
+    """A store that is there."""
+    from rise_ops.store import Store
+
+    store = Store(uri)
+    store.require()
+    return store
 
 
 def _numbers(text: str) -> list[int]:

@@ -160,7 +160,8 @@ def show_faults(found: Json) -> None:
     """What a check of the store found."""
     _OUT.print(f"{found['checked']:,} blocks and files checked, {len(found['broken']):,} broken")
     for fault in found["broken"]:
-        _OUT.print(f"[red]{plain(fault['key'])}[/red] {plain(fault['problem'])}; {plain(fault['remedy'])}")
+        problem = plain(fault["problem"].removesuffix("; run again"), width=600)
+        _OUT.print(f"[red]{plain(fault['key'], width=400)}[/red]: {problem}; {plain(fault['remedy'])}", soft_wrap=True)
     if found["broken"] and not found["noted"]:
         _OUT.print("[yellow]The store took no notes of this, so no run will know of it; is it read-only?[/yellow]")
 
@@ -168,8 +169,9 @@ def show_faults(found: Json) -> None:
 def show_garbage(found: Json) -> None:
     """What the collector removed, or would remove."""
     for corpus, versions in found["kept"].items():
-        numbers = f"{versions[0]} to {versions[-1]}" if len(versions) > 1 else ", ".join(map(str, versions)) or "none"
-        _OUT.print(f"corpus {plain(corpus)}: versions kept: {numbers}")
+        _OUT.print(f"corpus {plain(corpus)}: versions kept: {', '.join(_spans(versions)) or 'none'}")
+    for name, exports in found["needed"].items():
+        _OUT.print(f"  {plain(name)} is kept for {plain(', '.join(exports))}")
     what = "would be removed" if found["dry_run"] else "removed"
     if found["objects"]:
         table = _table("", "kind", "objects", "MiB")
@@ -177,6 +179,17 @@ def show_garbage(found: Json) -> None:
             table.add_row(kind, f"{counted['objects']:,}", f"{counted['bytes'] / 2**20:,.1f}")
         _OUT.print(table)
     _OUT.print(f"{found['objects']:,} objects, {found['bytes'] / 2**20:,.1f} MiB {what}")
+
+
+def _spans(numbers: Sequence[int]) -> list[str]:
+    """Ascending numbers, consecutive ones as a span."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] + 1 == number:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return [" to ".join(map(str, span)) for span in spans]
 
 
 def show_status(found: Json) -> None:

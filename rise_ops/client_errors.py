@@ -16,6 +16,7 @@ from rise_ops.spool import is_full
 
 _REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccessDenied")
 _REFUSALS_LOCAL = ("Read-only file system", "Permission denied", "Operation not permitted")
+_NO_CREDENTIALS = "169.254.169.254"  # where a client without keys asks a machine in Amazon's cloud for its role
 _SPENT = re.compile(r"after [1-9]\d* retries")
 _PERMANENT = (
     obstore_errors.InvalidPathError,
@@ -42,6 +43,11 @@ def store_error(error: Exception, *, root: str, where: str) -> CurationError:
         return StoreError(f"the bucket of {root} does not exist; create it first")
     if isinstance(error, (obstore_errors.NotFoundError, FileNotFoundError)):
         return MissingObjectError(f"{where} is not in the store")
+    if _NO_CREDENTIALS in text:
+        return StoreError(
+            f"{where}: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and, for servers "
+            "other than Amazon's, AWS_ENDPOINT_URL)"
+        )
     refused = (obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError, PermissionError)
     if isinstance(error, refused) or any(mark in text for mark in (_REFUSALS_LOCAL if is_local else _REFUSALS)):
         return StoreError(_refusal(where, is_local=is_local))

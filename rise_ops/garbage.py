@@ -78,6 +78,8 @@ class Reached:
     indexes: set[str] = field(default_factory=set)
     exports: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     """Files of each finished export."""
+    needed: dict[str, list[str]] = field(default_factory=dict)
+    """Older versions that are only kept for exports, and these."""
     keys: set[str] = field(default_factory=set)
     """Scores that runs name, by their key without endings."""
 
@@ -95,7 +97,8 @@ def collect_garbage(store: Store, *, keep: int | None = None, dry_run: bool = Fa
     Returns
     -------
     dict
-        {store, dry_run, kept: {corpus: [versions]}, removed: {kind: {objects, bytes}}, objects, bytes, keys}
+        {store, dry_run, kept: {corpus: [versions]}, needed: {version: [exports]},
+        removed: {kind: {objects, bytes}}, objects, bytes, keys}
 
     Raises
     ------
@@ -150,6 +153,10 @@ def find_reached(store: Store, *, keep: int | None) -> Reached:
     runs = {run_id: read_run(store, run_id) for run_id in list_runs(store)}
     oldest: dict[str, str] = {}
     published = [_source(store, manifest) for manifest in exports]
+    for manifest, (corpus, number) in zip(exports, published, strict=True):
+        if keep is not None and number not in kept_versions(store, corpus, keep):
+            label = f"{manifest['name']}/{manifest['version']}"
+            reached.needed.setdefault(f"version {number} of {corpus}", []).append(f"export {label}")
     reached.runs |= exporting  # also of a run that was killed before its record was written
     for corpus in store.children("corpora"):
         numbers = kept_versions(store, corpus, keep)
@@ -284,6 +291,7 @@ def _report(store: Store, reached: Reached, found: Sequence[tuple[str, str, int]
         "store": store.uri,
         "dry_run": dry_run,
         "kept": kept,
+        "needed": reached.needed,
         "removed": removed,
         "objects": len(found),
         "bytes": sum(size for _, _, size in found),

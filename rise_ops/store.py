@@ -49,6 +49,12 @@ _MULTIPART_BYTES = 64 * 2**20
 
 T = TypeVar("T")
 
+STORE_FOLDERS = frozenset(
+    ("alive", "attributions", "blocks", "corpora", "damage", "exports", "indexes", "objects", "quarantine", "runs",
+     "scores", "snapshots", "targets")
+)  # fmt: skip
+"""What lies at the root of a store."""
+
 
 class Store:
     """Write-once objects under a root URI.
@@ -314,6 +320,11 @@ class Store:
             if size is not None:
                 self.get_buffer(key, size=size)
             raise
+
+    def require(self) -> None:
+        """Raise ConfigError where nothing looks like a store: a mistyped path must not pass for an empty one."""
+        if not set(self.children("")) & STORE_FOLDERS:
+            raise ConfigError(f"there is no store at {self.uri}; check the path")
 
     def probe(self) -> None:
         """Check that the store can be written and keeps exclusive creates.

@@ -28,6 +28,8 @@ from rise_ops.index import IndexListing, describe_index, index_key, list_indexes
 from rise_ops.objects import RECORD_FORMAT, places_key, record_key, rows_key
 from rise_ops.objects import read_record as read_object_record
 from rise_ops.packs import read_pack
+from rise_ops.runs import read_run
+from rise_ops.selection import decisions_key
 from rise_ops.shapes import PartShape, TargetShape
 from rise_ops.signatures import load_tables
 from rise_ops.store import Store
@@ -38,7 +40,8 @@ Json = dict[str, Any]
 AGAIN = "the next run makes it again"
 EXPORT = "`curate export` with the configuration that made it makes it again"
 PUBLISH = "the next run publishes the corpus under a new version"
-GONE = "restore it from a backup: only runs on this older version need it"
+DROP = "the next run removes it: only older versions of a corpus have this block"
+GONE = "nothing makes it again; restore it from a backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +86,16 @@ def _problem(check: _Check) -> str | None:
 
 
 def _checks(store: Store, *, deep: bool) -> Iterator[_Check]:
-    yield from _corpora(store, deep=deep)
-    yield from _indexes(store, deep=deep)
+    current: set[str] = set()
+    yield from _corpora(store, current, deep=deep)
+    yield from _indexes(store, current, deep=deep)
     yield from _targets(store, deep=deep)
     yield from _scores(store, deep=deep)
     yield from _exports(store, deep=deep)
+    yield from _runs(store)
 
 
-def _corpora(store: Store, *, deep: bool) -> Iterator[_Check]:
+def _corpora(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[_Check]:
     versions: list[CorpusVersion] = []
     latest: list[CorpusVersion] = []
     for corpus in store.children("corpora"):
@@ -101,6 +106,7 @@ def _corpora(store: Store, *, deep: bool) -> Iterator[_Check]:
     # what the latest versions have, runs make again; of the rest, the sources may not be what they were
     current = {name for version in latest for name in _names(version)}
     rest = {name for version in versions for name in _names(version)} - current
+    current_blocks |= {name for kind, name in current if kind == "block"}
     objects, blocks = ({key for key, _ in store.list(folder)} for folder in ("objects", "blocks"))
     for names, remedy in ((current, AGAIN), (rest, GONE)):
         for check in _contents(store, sorted(names), objects, blocks, deep=deep):
@@ -211,12 +217,14 @@ def _block(store: Store, block_id: str, there: set[str], counts: dict[str, tuple
     return _Check(key, AGAIN, look)
 
 
-def _indexes(store: Store, *, deep: bool) -> Iterator[_Check]:
+def _indexes(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[_Check]:
     for identity in list_indexes(store):
         yield _index(store, identity, deep=deep)
         listing = IndexListing(store, identity)
         for block_id in listing.recorded:
-            yield from _index_block(store, identity, block_id, listing, deep=deep)
+            remedy = AGAIN if block_id in current_blocks else DROP
+            for check in _index_block(store, identity, block_id, listing, deep=deep):
+                yield replace(check, remedy=remedy)
 
 
 def _index(store: Store, identity: str, *, deep: bool) -> _Check:
@@ -277,6 +285,23 @@ def _scores(store: Store, *, deep: bool) -> Iterator[_Check]:
         stem = key.removesuffix(".json")
         for name, file in (("scores", f"{stem}.parquet"), ("extremes", f"{stem}.extremes.parquet")):
             yield _file(store, file, there, sums.get(name), deep=deep)
+
+
+def _runs(store: Store) -> Iterator[_Check]:
+    """Records of runs, and whether their decisions are there."""
+    for run_id in store.children("runs"):
+        key = f"runs/{run_id}/run.json"
+        if not store.exists(key):
+            continue
+        decided: list[str] = []
+
+        def look(run_id: str = run_id, decided: list[str] = decided) -> None:
+            if read_run(store, run_id).get("selection"):
+                decided.append(decisions_key(run_id))
+
+        yield _Check(key, GONE, look)
+        for name in decided:
+            yield _Check(name, GONE, lambda name=name: None if store.exists(name) else "is missing")  # type: ignore[misc]
 
 
 def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:

@@ -1,7 +1,7 @@
 """A command of `curate` that is killed at a chosen step: `python -m tests.killed STEP curate-arguments…`.
 
-A step is the moment before or after a write to the store (odd: before, even: after it was done, before the
-program knows). At step STEP the process gets SIGKILL; 0 lets it run, and the number of steps is then written to
+A step is the moment before or after a write to the store, or a removal (odd: before, even: after it was done,
+before the program knows). At step STEP the process gets SIGKILL; 0 lets it run, and the number of steps is written to
 stderr as `steps: N`. Blocks are small here, so that a few rows fill several.
 """
 
@@ -42,28 +42,35 @@ def main() -> None:
 
 
 def _arm(at: int) -> None:
-    put, put_async = obstore.put, obstore.put_async
+    put, put_async, delete = obstore.put, obstore.put_async, obstore.delete
 
-    def step() -> None:
+    def step(key: object) -> None:
         global _steps
         with _lock:
             _steps += 1
             if _steps == at:
+                sys.stderr.write(f"killed at: {key}\n")
+                sys.stderr.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        step()
-        done = put(*arguments, **options)
-        step()
+    def counted(store: Any, key: Any, *arguments: Any, **options: Any) -> Any:
+        step(key)
+        done = put(store, key, *arguments, **options)
+        step(key)
         return done
 
-    async def counted_async(*arguments: Any, **options: Any) -> Any:
-        step()
-        done = await put_async(*arguments, **options)
-        step()
+    def counted_delete(store: Any, keys: Any) -> None:
+        step(keys)
+        delete(store, keys)
+        step(keys)
+
+    async def counted_async(store: Any, key: Any, *arguments: Any, **options: Any) -> Any:
+        step(key)
+        done = await put_async(store, key, *arguments, **options)
+        step(key)
         return done
 
-    obstore.put, obstore.put_async = counted, counted_async
+    vars(obstore).update(put=counted, put_async=counted_async, delete=counted_delete)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import polars as pl
 import pytest
 
 from rise_ops.export import list_exports
-from rise_ops.store import Store
+from rise_ops.store import STORE_FOLDERS, Store
 from rise_ops.verify import verify_store
 from tests.conftest import prefect_child_environment
 from tests.curation import ROWS, load, write_curation
@@ -40,7 +41,8 @@ class Ended:
 
     killed: bool
     steps: int
-    output: str
+    place: str
+    """Folder of the key at which it was killed; that of an array's own keys is "array"."""
 
 
 def _curate(step: int, *arguments: str) -> Ended:
@@ -53,7 +55,9 @@ def _curate(step: int, *arguments: str) -> Ended:
     killed = done.returncode == -signal.SIGKILL
     assert killed or done.returncode == 0, done.stdout + done.stderr
     steps = re.search(r"^steps: (\d+)$", done.stderr, re.MULTILINE)
-    return Ended(killed, int(steps[1]) if steps else 0, done.stdout)
+    key = re.search(r"^killed at: \W*(\w+)", done.stderr, re.MULTILINE)
+    place = key[1] if key and key[1] in STORE_FOLDERS else "array"
+    return Ended(killed, int(steps[1]) if steps else 0, place)
 
 
 def _exported(store: Store) -> pl.DataFrame:
@@ -92,6 +96,8 @@ def test_killed_runs_resume_to_the_same_export(
     signatures = _signatures(Store(f"{root}/undisturbed"))
     assert len(signatures) >= 4
 
+    places: list[str] = []
+
     def chain(number: int) -> list[int]:
         """Kills of one store, and a clean run at the end."""
         generator = random.Random(f"{backend} {number}")
@@ -100,8 +106,10 @@ def test_killed_runs_resume_to_the_same_export(
         kills: list[int] = []
         step = int(number * span + generator.uniform(1, span))
         while len(kills) < 2:
-            if _curate(step, *arguments(str(number))).killed:
+            ended = _curate(step, *arguments(str(number)))
+            if ended.killed:
                 kills.append(step)
+                places.append(ended.place)
                 step = generator.randrange(1, max(2, undisturbed.steps - step))
             else:  # so much was done already that the run ended before: earlier, then
                 step = max(1, step // 2)
@@ -115,5 +123,7 @@ def test_killed_runs_resume_to_the_same_export(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         kills = [step for chain_kills in pool.map(chain, range(CHAINS)) for step in chain_kills]
     record_property("kills", f"{len(kills)} of {undisturbed.steps} steps: {sorted(kills)}")
+    record_property("places", str(Counter(places)))
     assert len(kills) == 2 * CHAINS
+    assert {"array", "runs"} < set(places) and len(set(places)) >= 5, places
     assert len(load(path).targets) == 1

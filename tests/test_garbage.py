@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -80,6 +79,7 @@ def test_old_versions_go_when_asked_but_not_those_of_exports(tmp_path: Path) -> 
     store = Store(config.store)
     found = collect_garbage(store, keep=1)
     assert found["kept"] == {"tiny": [1, 3]}
+    assert found["needed"] == {"version 1 of tiny": ["export tiny/0001"]}
     assert [run_id for run_id in list_runs(store) if run_id == exported["run_id"]]
     assert len(list_runs(store)) == 2
     assert list_exports(store)[0]["run_id"] == exported["run_id"]
@@ -107,7 +107,7 @@ def test_removed_rows_stay_readable_until_their_version_goes(tmp_path: Path) -> 
     assert verify_store(store, deep=True)["broken"] == []
 
 
-@pytest.mark.parametrize("after", range(0, 16, 3))
+@pytest.mark.parametrize("after", range(5))
 def test_a_collector_that_is_stopped_leaves_a_sound_store(
     tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +132,7 @@ def test_a_collector_that_is_stopped_leaves_a_sound_store(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "delete", delete)
         patch.setattr(garbage, "_AT_ONCE", 1)
-        with suppress(Stopped):
+        with pytest.raises(Stopped):
             collect_garbage(store, keep=1)
     assert verify_store(store, deep=True)["broken"] == []
     collect_garbage(store, keep=1)
