@@ -24,7 +24,7 @@ from rise_ops.damage import Damage, note_damage
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
 from rise_ops.export import manifest_key, read_manifest
 from rise_ops.hashing import fingerprint
-from rise_ops.index import IndexListing, describe_index, index_key, list_indexes, read_record
+from rise_ops.index import IndexListing, describe_index, index_key, list_indexes, read_record, tables_key
 from rise_ops.objects import RECORD_FORMAT, places_key, record_key, rows_key
 from rise_ops.objects import read_record as read_object_record
 from rise_ops.packs import read_pack
@@ -219,7 +219,7 @@ def _block(store: Store, block_id: str, there: set[str], counts: dict[str, tuple
 
 def _indexes(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[_Check]:
     for identity in list_indexes(store):
-        yield _index(store, identity, deep=deep)
+        yield from _index(store, identity, deep=deep)
         listing = IndexListing(store, identity)
         for block_id in listing.recorded:
             remedy = AGAIN if block_id in current_blocks else DROP
@@ -227,14 +227,19 @@ def _indexes(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[
                 yield replace(check, remedy=remedy)
 
 
-def _index(store: Store, identity: str, *, deep: bool) -> _Check:
-    def look() -> str | None:
-        described = describe_index(store, identity)
-        if deep and load_tables(store, f"indexes/{identity}/tables.zarr").sha256 != described["tables_sha256"]:
-            return "was made with other sketch tables than those beside it"
-        return None
+def _index(store: Store, identity: str, *, deep: bool) -> Iterator[_Check]:
+    expected: list[str] = []
 
-    return _Check(f"indexes/{identity}/tables.zarr/zarr.json" if deep else index_key(identity), AGAIN, look)
+    def look() -> None:
+        expected.append(describe_index(store, identity)["tables_sha256"])
+
+    def look_at_tables() -> str | None:
+        found = load_tables(store, f"indexes/{identity}/tables.zarr").sha256
+        return None if [found] == expected else "belongs to other sketch tables than the index was made with"
+
+    yield _Check(index_key(identity), AGAIN, look)
+    if deep and expected:
+        yield _Check(tables_key(identity), AGAIN, look_at_tables)
 
 
 def _index_block(store: Store, identity: str, block_id: str, listing: IndexListing, *, deep: bool) -> Iterator[_Check]:
