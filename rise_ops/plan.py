@@ -16,9 +16,9 @@ from itertools import islice
 from typing import Any
 
 from rise_ops.config import CurationConfig
-from rise_ops.corpus import look_at_sources
+from rise_ops.corpus import CorpusVersion, look_at_sources, read_snapshot
 from rise_ops.diff import diff_states, published_state
-from rise_ops.index import BlockRecord, index_id, read_records
+from rise_ops.index import BlockRecord, index_id, list_indexed, read_records
 from rise_ops.index_plan import find_missing
 from rise_ops.memory import as_json
 from rise_ops.model_files import model_fingerprint, resolve_model, stored_bytes
@@ -73,8 +73,11 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
         to_sketch = sum(missing.values()) - sum(match.height for match in matches)
     sources = [*listed.added, *listed.changed, *(entry.listed for entry in listed.unchanged)]
     done = list(read_records(store, identity, rows_of.keys() - missing.keys()).values())
+    earlier = _earlier(store, config, identity, version) if missing else []
     share = to_sketch / max(1, sum(missing.values()))
-    cost = estimate(store, config, sources, list(seen.blocks.values()), done, share=share)
+    cost = estimate(store, config, sources, list(seen.blocks.values()), done, earlier=earlier, share=share)
+    stages = plan_stages(config, rows=seen.rows)
+    resting = BASE_BYTES + max(plan.bytes for name, plan in stages.items() if name != "sketch")
     return {
         "corpus": config.corpus.name,
         "index_id": identity,
@@ -87,8 +90,8 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
         "tokens": cost.tokens,
         "index_bytes": sum(seen.state.rows_of.values()) * config.sketch.dim * 2,
         "index_bytes_new": sum(missing.values()) * config.sketch.dim * 2,
-        "peak_memory_bytes": cost.peak_memory_bytes,
-        "memory": as_json(plan_stages(config, rows=seen.rows)),
+        "peak_memory_bytes": max(resting, cost.peak_memory_bytes) if to_sketch else resting,
+        "memory": as_json(stages),
         "sketch_seconds": cost.sketch_seconds,
         "sketch_seconds_unknown": cost.sketch_seconds_unknown,
     }
@@ -101,14 +104,26 @@ def estimate(
     blocks: Sequence[BlockCount],
     done: Sequence[BlockRecord],
     *,
+    earlier: Sequence[tuple[BlockRecord, int]],
     share: float,
 ) -> Cost:
-    """Tokens of the corpus, and time and memory of sketching a share of what is not in `done`."""
+    """Tokens of the corpus, and time and memory of sketching a share of what is not in `done`.
+
+    Parameters
+    ----------
+    done
+        Blocks of the corpus that are in the index.
+    earlier
+        Blocks of the version before that are in it, and their characters: they tell the rate, too.
+    """
     finished = {record.block_id for record in done}
     characters = sum(block.characters for block in blocks if block.block_id not in finished)
     known = sum(record.tokens for record in done)
-    rate, unknown, memory = _rate(done), "", _memory_without_model(config)
-    per_character = known / max(1, sum(block.characters for block in blocks if block.block_id in finished))
+    rate, unknown, memory = _rate([*done, *(record for record, _ in earlier)]), "", _memory_without_model(config)
+    measured = sum(block.characters for block in blocks if block.block_id in finished) + sum(
+        count for _, count in earlier
+    )
+    per_character = (known + sum(record.tokens for record, _ in earlier)) / max(1, measured)
     if characters and share and rate is None:
         sample = list(islice(_texts(config, sources), SAMPLE_ROWS))
         unknown = _cannot_measure(config, sample)
@@ -119,6 +134,19 @@ def estimate(
     tokens = round(characters * per_character)
     seconds = 0.0 if characters * share == 0 else round(tokens * share / rate, 1) if rate else None
     return Cost(known + tokens, seconds, "" if seconds is not None else unknown, memory)
+
+
+def _earlier(
+    store: Store, config: CurationConfig, identity: str, version: CorpusVersion | None
+) -> list[tuple[BlockRecord, int]]:
+    """The indexed blocks of a version and their characters."""
+    if version is None:
+        return []
+    snapshot = read_snapshot(store, version.snapshot_id).unique("block_id")
+    characters = dict(snapshot.select("block_id", "characters").iter_rows())
+    rows_of = dict(snapshot.select("block_id", "rows").iter_rows())
+    indexed = list_indexed(store, identity, rows_of, dim=config.sketch.dim)
+    return [(record, characters[block]) for block, record in read_records(store, identity, indexed).items()]
 
 
 def _rate(done: Sequence[BlockRecord]) -> float | None:

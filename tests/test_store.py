@@ -108,6 +108,16 @@ def test_an_empty_store_lists_nothing(store: Store) -> None:
     assert store.children("runs") == []
 
 
+def test_a_mistyped_path_is_no_store(store: Store) -> None:
+    with pytest.raises(ConfigError, match="there is no store at"):
+        store.require()
+    store.create("notes/mine.txt", b"1")
+    with pytest.raises(ConfigError, match="there is no store at"):
+        store.require()
+    store.create("corpora/a/versions/000000000001.json", b"{}")
+    store.require()
+
+
 def test_listing_is_deep_and_children_are_shallow(store: Store) -> None:
     for key in ("runs/b/run.json", "runs/a/run.json", "runs/a/x/y", "runsX/c", "runs/top.json"):
         store.create(key, key.encode())
