@@ -2,7 +2,7 @@
 
 Each command validates everything before it pays for anything, prints what a person wants to know, and with
 `--json` one JSON value as the last line of stdout; logs and progress go to stderr. Errors are one screen,
-without a traceback. Exit codes: 0 done, 1 failed, 2 wrong use or bad configuration.
+without a traceback. Exit codes: 0 done, 1 failed, 2 wrong use or bad configuration, 130 interrupted.
 
 Everything heavy is imported inside the commands, so `--help` answers at once.
 """
@@ -321,11 +321,18 @@ def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict
 
     if not _has_server():
         note("starting a temporary Prefect server (10 to 30 s; set PREFECT_API_URL to use one that runs)")
+        from flows.temporary_server import start_temporary_server
+
+        start_temporary_server()
     from flows.curate import curate
     from tasks.progress import listening
 
-    with progress_bars() as bars, listening(bars):
-        summary: dict[str, Any] = curate(config, until, deep=deep)
+    try:
+        with progress_bars() as bars, listening(bars):
+            summary: dict[str, Any] = curate(config, until, deep=deep)
+    except KeyboardInterrupt:
+        typer.echo("curate: interrupted; give the same command again to go on", err=True)
+        raise
     return summary
 
 

@@ -6,8 +6,10 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,43 @@ def test_a_process_of_its_own_shows_one_screen_too(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from flows.cli import main; main()", "ingest", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
     assert_one_screen(Outcome(done.returncode, done.stdout, done.stderr), code=1, words=["raw/*.jsonl", "match"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_ended_leaves_nothing_behind(tmp_path: Path, how: signal.Signals) -> None:
+    """Neither a server nor a reader that waits: the temporary server has the run's life, not its output."""
+    path = write_curation(tmp_path)
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", str(path)]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, env=environment, **pipes) as run:
+        waited = time.monotonic() + 200
+        while not list((tmp_path / "store" / "alive").glob("*")) and run.poll() is None and time.monotonic() < waited:
+            time.sleep(0.1)
+        servers = _processes_of(tmp_path / "prefect")
+        assert len(servers) >= 1  # with the run itself
+        os.killpg(run.pid, how)
+        _, errors = run.communicate(timeout=90)
+        assert run.returncode == (-how if how == signal.SIGKILL else 130)
+    if how == signal.SIGINT:
+        assert_one_screen(Outcome(130, "", errors), code=130, words=["interrupted", "same command again"])
+    waited = time.monotonic() + 30
+    while _processes_of(tmp_path / "prefect") and time.monotonic() < waited:
+        time.sleep(0.1)
+    assert _processes_of(tmp_path / "prefect") == []
+
+
+def _processes_of(home: Path) -> list[int]:
+    """Processes whose environment names this Prefect home."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PREFECT_HOME={home}\0".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it has ended, or is not ours to look at
+    return found
 
 
 @pytest.mark.s3
