@@ -22,7 +22,7 @@ from typing import Any
 import polars as pl
 
 from rise_ops.blocks import read_doc_ids
-from rise_ops.corpus import CorpusVersion, current_version, read_snapshot, read_version
+from rise_ops.corpus import CorpusVersion, current_version, read_snapshot, read_version, version_numbers
 from rise_ops.errors import ConfigError, MissingObjectError
 from rise_ops.objects import read_rows_doc_ids
 from rise_ops.store import Store
@@ -142,8 +142,7 @@ def _version(store: Store, corpus: str, number: int) -> CorpusVersion:
     try:
         return read_version(store, corpus, number)
     except MissingObjectError:
-        names = store.children(f"corpora/{corpus}/versions")
-        known = ", ".join(str(int(name.removesuffix(".json"))) for name in names) or "none"
+        known = ", ".join(map(str, version_numbers(store, corpus))) or "none"
         raise ConfigError(f"{store.uri} has no version {number} of corpus {corpus}; it has: {known}") from None
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rise_ops.alive import COLLECTOR, alive, described, sign_of, signs
-from rise_ops.corpus import CorpusVersion, read_version, version_key
+from rise_ops.corpus import CorpusVersion, read_version, version_key, version_numbers
 from rise_ops.errors import ConflictError, DamagedError, MissingObjectError
 from rise_ops.export import list_exports
 from rise_ops.runs import list_runs, read_run
@@ -175,8 +175,7 @@ def find_reached(store: Store, *, keep: int | None) -> Reached:
 
 def kept_versions(store: Store, corpus: str, keep: int | None) -> list[int]:
     """Numbers of the versions of a corpus that stay, ascending."""
-    names = (name.removesuffix(".json") for name in store.children(f"corpora/{corpus}/versions"))
-    numbers = sorted(int(name) for name in names if name.isdigit())
+    numbers = version_numbers(store, corpus)
     return numbers if keep is None else numbers[-keep:]
 
 

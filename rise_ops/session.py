@@ -15,7 +15,7 @@ from pathlib import Path
 from rise_ops.config import CurationConfig, FieldMap, ModelConfig, SketchConfig, TargetConfig, resolve_path
 from rise_ops.corpus import CorpusVersion, current_version, read_snapshot
 from rise_ops.errors import ConfigError, ModelError, SourceError
-from rise_ops.index import index_id, list_indexed, read_index
+from rise_ops.index import index_id, list_indexed, read_index, tables_key
 from rise_ops.memory import StageMemory, sketch_memory, stage_memory, task_limits
 from rise_ops.rows import CanonicalRow, RowFault, canonical_row
 from rise_ops.signatures import Signer, load_tables
@@ -58,9 +58,10 @@ def open_signer(store: Store, config: CurationConfig) -> Signer:
 def _signer(uri: str, model: ModelConfig, sketch: SketchConfig, memory: int) -> Signer:
     store = Store(uri)
     trunk = load_trunk(model)
-    folder = f"indexes/{index_id(trunk.fingerprint, sketch)}"
+    identity = index_id(trunk.fingerprint, sketch)
     # an index keeps its tables: PyTorch does not promise its random streams across releases
-    tables = load_tables(store, f"{folder}/tables.zarr") if store.exists(f"{folder}/tables.zarr/zarr.json") else None
+    found = store.exists(tables_key(identity))
+    tables = load_tables(store, f"indexes/{identity}/tables.zarr") if found else None
     return Signer(trunk, sketch, tables=tables, memory=memory)
 
 
