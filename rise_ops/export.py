@@ -141,14 +141,18 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
         if finished is not None:
             return Export(name, finished["version"], finished["rows"], len(finished["files"]), reused=True)
         claim = {**lineage, "run_id": run_id, "content": content}
+
+        def write(number: str) -> list[ExportedFile]:
+            prefix = f"exports/{name}/{number}"
+            return list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
+
         number = begun or _claim(store, name, claim)
         try:
-            prefix = f"exports/{name}/{number}"
-            files = list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
+            files = write(number)
         except ConflictError:  # begun by another version of this program, or under another memory limit
             number = _claim(store, name, claim)
-            prefix = f"exports/{name}/{number}"
-            files = list(_write_files(store, prefix, kept, version.fields, config, plan, progress))
+            files = write(number)
+    prefix = f"exports/{name}/{number}"
     rows = sum(file.rows for file in files)
     store.create(f"{prefix}/README.md", dataset_card(name, number, rows, config, lineage, run_id).encode())
     manifest = {

@@ -31,7 +31,7 @@ from rise_ops.corpus import CorpusVersion, read_version, version_key, version_nu
 from rise_ops.errors import ConflictError, DamagedError, MissingObjectError
 from rise_ops.export import list_exports
 from rise_ops.runs import list_runs, read_run
-from rise_ops.store import Store
+from rise_ops.store import STORE_FOLDERS, Store
 
 Json = dict[str, Any]
 
@@ -57,8 +57,6 @@ _KINDS: dict[str, re.Pattern[str]] = {
     }.items()
 }
 """Kinds of objects, in the order in which they are removed."""
-_FOLDERS = ("alive", "blocks", "corpora", "exports", "indexes", "objects", "quarantine", "runs", "scores", "snapshots",
-            "targets", ".probe")  # fmt: skip
 _LITTER = re.compile(r"#\d+$")
 _AT_ONCE = 1_000
 
@@ -152,17 +150,17 @@ def find_reached(store: Store, *, keep: int | None) -> Reached:
         reached.exports[manifest["name"], manifest["version"]] = files
     runs = {run_id: read_run(store, run_id) for run_id in list_runs(store)}
     oldest: dict[str, str] = {}
-    published = [_source(store, manifest) for manifest in exports]
-    for manifest, (corpus, number) in zip(exports, published, strict=True):
-        if keep is not None and number not in kept_versions(store, corpus, keep):
-            label = f"{manifest['name']}/{manifest['version']}"
-            reached.needed.setdefault(f"version {number} of {corpus}", []).append(f"export {label}")
+    published = [(_source(store, manifest), manifest) for manifest in exports]
     reached.runs |= exporting  # also of a run that was killed before its record was written
     for corpus in store.children("corpora"):
-        numbers = kept_versions(store, corpus, keep)
-        used = {number for name, number in published if name == corpus}
-        there = set(kept_versions(store, corpus, None))
-        versions = [read_version(store, corpus, number) for number in sorted({*numbers, *used} & there)]
+        there = version_numbers(store, corpus)
+        numbers = set(there if keep is None else there[-keep:])
+        for (name, number), manifest in published:
+            if name == corpus and number in there and number not in numbers:
+                label = f"{manifest['name']}/{manifest['version']}"
+                reached.needed.setdefault(f"version {number} of {corpus}", []).append(f"export {label}")
+        used = {number for (name, number), _ in published if name == corpus}
+        versions = [read_version(store, corpus, number) for number in there if number in numbers | used]
         for version in versions:
             _reach_version(store, reached, version)
         if versions:
@@ -171,12 +169,6 @@ def find_reached(store: Store, *, keep: int | None) -> Reached:
         if run_id in exporting or _is_kept(run, reached, oldest):
             _reach_run(reached, run_id, run)
     return reached
-
-
-def kept_versions(store: Store, corpus: str, keep: int | None) -> list[int]:
-    """Numbers of the versions of a corpus that stay, ascending."""
-    numbers = version_numbers(store, corpus)
-    return numbers if keep is None else numbers[-keep:]
 
 
 def _reach_version(store: Store, reached: Reached, version: CorpusVersion) -> None:
@@ -273,7 +265,7 @@ def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, living: 
 
 def _vouches(key: str) -> bool:
     """Whether an object makes others count."""
-    return key.endswith(("/manifest.json", "/run.json")) or (key.endswith(".json") and not key.startswith("runs/"))
+    return key.endswith(".json") and (key.endswith("/run.json") or not key.startswith("runs/"))
 
 
 def _report(store: Store, reached: Reached, found: Sequence[tuple[str, str, int]], *, dry_run: bool) -> Json:
@@ -302,7 +294,7 @@ def _tidy(store: Store) -> None:
     """On a local disk: folders that are empty now, and what killed writers left beside their objects."""
     if not store.is_local:
         return
-    for top in _FOLDERS:
+    for top in (*STORE_FOLDERS, ".probe"):
         for folder, _, files in os.walk(store.url(top), topdown=False):
             for name in files:
                 if _LITTER.search(name):

@@ -81,8 +81,13 @@ def publish(
     entries = _merged(objects, unchanged)
     check_rows(store, entries, corpus=corpus.name, run_id=run_id, limits=limits)
     current, number = latest_readable(store, corpus.name)
-    same = current is not None and current.ingest_fingerprint == settings and current.sources == entries
-    if same and current is not None and number == current.version and store.exists(snapshot_key(current.snapshot_id)):
+    if (
+        current is not None
+        and current.version == number
+        and current.ingest_fingerprint == settings
+        and current.sources == entries
+        and store.exists(snapshot_key(current.snapshot_id))
+    ):
         return current
     records = _records(store, entries)
     packs = {record: pack for pack in pack_objects(store, records.values()) for record in pack.members}

@@ -11,7 +11,6 @@ name or place.
 from __future__ import annotations
 
 import io
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from rise_ops.alive import alive, wait_for_collectors
 from rise_ops.blocks import read_stored
 from rise_ops.checksums import stored_crc32c
 from rise_ops.config import LimitsConfig, TargetConfig
@@ -81,14 +79,6 @@ def sign_target(store: Store, identity: str, rows: Sequence[CanonicalRow], *, si
     name = target_id(identity, rows)
     if store.exists(f"targets/{name}.json"):
         return name
-    worker = f"target-{name[:16]}-{secrets.token_hex(4)}"
-    with alive(store, worker):  # targets are also made outside of runs
-        wait_for_collectors(store, worker)
-        _write_target(store, name, identity, rows, signer)
-    return name
-
-
-def _write_target(store: Store, name: str, identity: str, rows: Sequence[CanonicalRow], signer: Signer) -> None:
     write_signatures(store, f"targets/{name}.zarr", _signatures(rows, signer))
     buffer = io.BytesIO()
     _frame(rows).write_parquet(buffer)
@@ -104,6 +94,7 @@ def _write_target(store: Store, name: str, identity: str, rows: Sequence[Canonic
             "queries_crc32c": stored_crc32c(store, f"targets/{name}.parquet"),
         },
     )
+    return name
 
 
 def sign_queries(rows: Sequence[CanonicalRow], *, signer: Signer, name: str) -> Target:

@@ -17,7 +17,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from rise_ops.alive import alive, wait_for_collectors
 from rise_ops.config import CurationConfig
-from rise_ops.damage import damage_of, note_damage, settle
+from rise_ops.damage import Damage, damage_of, note_damage, settle
 from rise_ops.errors import ConfigError, CurationError, DamagedError
 from rise_ops.examples import examples_key
 from rise_ops.quarantine import quarantine_key
@@ -106,19 +106,23 @@ class Recorder:
 
         False: it cannot be noted, or was made again once already.
         """
-        damage = damage_of(self.store, error)
-        if damage is None or damage.key in self._mended:
-            return False
-        self._mended.add(damage.key)
         # what this attempt decided is not for the next one, which may find the sources changed
         own = (decisions_key(self.run_id), examples_key(self.run_id), quarantine_key(self.run_id))
         try:
-            note_damage(self.store, [damage])
+            damage = self._note(error)
+            if damage is None or damage.key in self._mended:
+                return False
             self.store.delete(own)
         except CurationError:  # a store that refuses would hide the error behind its own
             return False
+        self._mended.add(damage.key)
         self.record["stages"] = []
         return True
+
+    def _note(self, error: DamagedError) -> Damage | None:
+        damage = damage_of(self.store, error)
+        note_damage(self.store, [] if damage is None else [damage])
+        return damage
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
@@ -132,9 +136,9 @@ class Recorder:
             self._close(error)
 
     def _close(self, error: BaseException | None) -> None:
-        if isinstance(error, DamagedError) and (damage := damage_of(self.store, error)):
+        if isinstance(error, DamagedError):
             with suppress(CurationError):
-                note_damage(self.store, [damage])
+                self._note(error)
         if error is not None:
             self.record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}
