@@ -10,10 +10,10 @@ from typing import Any
 
 from prefect import flow, runtime
 
-from flows.stages import task_runner
+from flows.runners import dispatcher
 from rise_ops.config import CurationConfig
 from tasks.attribute import attribute_queries, publish_hits
-from tasks.policy import run_all
+from tasks.dispatch import run_all
 
 
 def _run_name() -> str:
@@ -25,7 +25,7 @@ def attribute(
     config: CurationConfig, queries: str | None = None, text: str | None = None, prompt: str | None = None, k: int = 10
 ) -> dict[str, Any]:
     """Attribute queries of a file, or one text. Returns where the hits are in the store."""
-    with task_runner(config) as runner:
+    with dispatcher(config) as runner:
         call = {"config": config, "queries": queries, "text": text, "prompt": prompt, "k": k}
         (found,) = run_all(runner, attribute_queries, [call], store_uri=config.store)
         run_all(runner, publish_hits, [{"key": found["outputs"][0]}], store_uri=config.store)

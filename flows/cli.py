@@ -14,6 +14,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -196,9 +198,21 @@ def watch(config: Config, set_: Overrides = None, json_: AsJson = False) -> None
 
     loaded = load_config(config, overrides=set_ or [])
     found = look(loaded)
-    if found["is_changed"] and _has_server():
-        announce(loaded, found)
+    told = announce(loaded, found) if found["is_changed"] and _has_server() else {"announced": False, "waiting": None}
+    found |= told
     _emit(found, json_, lambda: show_changes(found))
+
+
+@app.command(name="config")
+def show_config(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Check a configuration and print all of it; with --json in one line what differs from the defaults."""
+    import yaml
+
+    from rise_ops.config import load_config
+
+    loaded = load_config(config, overrides=set_ or [])
+    whole = yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()
+    _emit(loaded.model_dump(mode="json", exclude_defaults=True), json_, lambda: typer.echo(whole))
 
 
 @app.command()
@@ -318,22 +332,24 @@ def _run_until(until: Until, config: Path, overrides: list[str] | None, json_: b
 
 def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict[str, Any]:
     from flows.console import note, progress_bars
-
-    if not _has_server():
-        note("starting a temporary Prefect server (10 to 30 s; set PREFECT_API_URL to use one that runs)")
-        from flows.temporary_server import start_temporary_server
-
-        start_temporary_server()
     from flows.curate import curate
+    from flows.temporary_server import temporary_server
     from tasks.progress import listening
 
+    with ExitStack() as stack:
+        if not _has_server():
+            note("starting a temporary Prefect server (10 to 30 s; set PREFECT_API_URL to use one that runs)")
+            stack.enter_context(temporary_server())
+        stack.enter_context(listening(stack.enter_context(progress_bars())))
+        return _interruptible(partial(curate, config, until, deep=deep))
+
+
+def _interruptible(flow: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        with progress_bars() as bars, listening(bars):
-            summary: dict[str, Any] = curate(config, until, deep=deep)
+        return flow()
     except KeyboardInterrupt:
         typer.echo("curate: interrupted; give the same command again to go on", err=True)
         raise
-    return summary
 
 
 def _has_server() -> bool:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from prefect import flow, runtime
 
-from flows.stages import Runner, check, explain, export, index, ingest, mending, task_runner, value
+from flows.runners import dispatcher
+from flows.stages import Runner, check, explain, export, index, ingest, mending, value
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from tasks.recording import Recorder
@@ -38,7 +39,7 @@ def curate(config: CurationConfig, until: Until = "evaluate", run_id: str | None
         raise ConfigError("no targets are configured; valuation needs at least one, under `targets`")
     wanted = _ORDER[: _ORDER.index(until) + 1]
     run = Recorder(config, name="curate", run_id=run_id)
-    with run, task_runner(config) as runner:
+    with run, dispatcher(config) as runner:
         mending(run, lambda: _run(run, runner, config, wanted, deep=deep))
     return run.summary()
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from prefect import flow, runtime
 
-from flows.stages import Runner, check, index, ingest, mending, task_runner
+from flows.runners import dispatcher
+from flows.stages import Runner, check, index, ingest, mending
 from rise_ops.config import CurationConfig
 from tasks.recording import Recorder
 
@@ -19,7 +20,7 @@ def _run_name() -> str:
 def index_corpus(config: CurationConfig, run_id: str | None = None, deep: bool = False) -> dict[str, Any]:
     """Ingest what changed and compute the signatures that are missing. Returns the run's summary."""
     run = Recorder(config, name="index_corpus", run_id=run_id)
-    with run, task_runner(config) as runner:
+    with run, dispatcher(config) as runner:
         mending(run, lambda: _run(run, runner, config, deep=deep))
     return run.summary()
 

@@ -5,32 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-
 from rise_ops.batches import split
 from rise_ops.config import CurationConfig
 from rise_ops.errors import DamagedError
 from rise_ops.memory import task_limits
 from rise_ops.parts import valuation_folder
+from tasks.dispatch import Dispatcher, run_all
 from tasks.index import count_tokens, open_model, plan_index, sketch
 from tasks.ingest import are_held, ingest_objects, publish_corpus, survey
-from tasks.policy import run_all
 from tasks.preflight import preflight
+from tasks.progress import Tracker
 from tasks.publish import collect_examples, evaluate_targets, export_kept
 from tasks.recording import Recorder
 from tasks.value import plan_value, select_rows, sign_queries, value_blocks
 
 Json = dict[str, Any]
-Runner = TaskRunner[Any]
+Runner = Dispatcher
 
 _INGEST_BYTES = 256 * 2**20
 _SKETCH_ROWS = 4 * 2_048
 _VALUE_ROWS = 4 * 2_048
-
-
-def task_runner(config: CurationConfig) -> ThreadPoolTaskRunner[Any]:
-    """Where the tasks of a run go."""
-    return ThreadPoolTaskRunner(max_workers=config.runner.workers)
 
 
 def mending(run: Recorder, stages: Callable[[], None]) -> None:
@@ -57,9 +51,10 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool 
     looking = {**common, "deep": deep, "fresh": deep or healed}
     with run.stage("ingest") as stage:
         (seen,) = run_all(runner, survey, [{**common, "deep": deep, "healed": healed}], store_uri=config.store)
-        batches = split(seen["read"], [max(0, item["size"]) for item in seen["read"]], target=_INGEST_BYTES)
+        batches = list(split(seen["read"], [max(0, item["size"]) for item in seen["read"]], target=_INGEST_BYTES))
         calls = [{"objects": batch, **looking} for batch in batches]
-        done = run_all(runner, ingest_objects, calls, store_uri=config.store, holds=are_held)
+        tracker = Tracker("ingest", [sum(max(0, item["size"]) for item in batch) for batch in batches], rows=False)
+        done = run_all(runner, ingest_objects, calls, store_uri=config.store, holds=are_held, tracker=tracker)
         objects = [item for batch in done for item in batch["objects"]]
         call = {
             "objects": objects,
@@ -70,10 +65,10 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool 
         }
         (published,) = run_all(runner, publish_corpus, [{**call, **common}], store_uri=config.store)
         for item in objects:
-            stage.read_source(item["uri"], sha256=item["object_sha"], rows=item["rows"])
+            stage.read_source(item["uri"], sha256=item["object_sha"], rows=item["rows"], size=item["size"])
         stage.wrote(published["outputs"][0], sha256=published["snapshot_id"], rows=published["rows"])
         stage.cached = published["version"] == seen["parent"] and all(item["reused"] for item in objects)
-    run.record["corpus"] |= {"version": published["version"], "snapshot_id": published["snapshot_id"]}
+        run.record["corpus"] |= {name: published[name] for name in ("version", "snapshot_id", "fields")}
     run.record["diff"] = published["diff"]
     run.counts |= {
         "rows": published["rows"],
@@ -94,8 +89,9 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
         if plan["rows_to_sketch"] or not plan["is_described"]:
             (model,) = run_all(runner, open_model, [{"config": config}], store_uri=config.store)
             run.record["model"] |= {name: model[name] for name in ("parameters", "dtype", "device")}
-        common = {"config": config, "index_id": plan["index_id"], "rows": sum(plan["missing_rows"])}
-        batches = split(plan["missing"], plan["missing_rows"], target=_SKETCH_ROWS)
+        common = {"config": config, "index_id": plan["index_id"]}
+        rows_of = dict(zip(plan["missing"], plan["missing_rows"], strict=True))
+        batches = list(split(plan["missing"], plan["missing_rows"], target=_SKETCH_ROWS))
         calls = [
             {
                 **common,
@@ -104,14 +100,15 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
             }
             for batch in batches
         ]
-        filled = run_all(runner, sketch, calls, store_uri=config.store)
+        tracker = Tracker("sketch", [sum(rows_of[block] for block in batch) for batch in batches])
+        filled = run_all(runner, sketch, calls, store_uri=config.store, tracker=tracker)
         counting = {"index_id": plan["index_id"], "blocks": plan["blocks"]}
         (counted,) = run_all(runner, count_tokens, [counting], store_uri=config.store)
         stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
         stage.wrote(f"indexes/{plan['index_id']}/index.json", sha256=plan["index_id"], rows=corpus["rows"])
         stage.cached = not plan["missing"]
-    run.record["index_id"] = plan["index_id"]
-    run.record["model"]["fingerprint"] = plan["model_fingerprint"]
+        run.record["index_id"] = plan["index_id"]
+        run.record["model"]["fingerprint"] = plan["model_fingerprint"]
     run.rows_sketched += sum(batch["rows_sketched"] for batch in filled)
     run.counts |= {
         "rows_sketched": run.rows_sketched,
@@ -129,8 +126,11 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
         signed = run_all(runner, sign_queries, calls, store_uri=config.store)
         targets = {item["name"]: item["target_id"] for item in signed}
         valued = _score(runner, config, indexed, targets)
+        run.record["targets"] = targets
         for item in signed:
+            stage.read_source(config.targets[item["name"]].queries, rows=item["queries"])
             stage.read(item["outputs"][0], sha256=item["target_id"], rows=item["queries"])
+        stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
         stage.read(f"indexes/{indexed['index_id']}/index.json", sha256=indexed["index_id"], rows=corpus["rows"])
         for first, count, key in valued["parts"]:
             stage.wrote(key, rows=sum(indexed["rows"][first : first + count]))
@@ -140,6 +140,7 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
         call = {"config": config, "version": corpus["version"], "run_id": run.run_id, **scores}
         (selection,) = run_all(runner, select_rows, [call], store_uri=config.store)
         stage.read(valuation_folder(valued["valuation"]), rows=corpus["rows"])
+        stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
         stage.wrote(selection["outputs"][0], rows=selection["rows"])
     run.record["selection"] = {
         "keep": config.selection.keep.model_dump(exclude_none=True),
@@ -157,12 +158,13 @@ def _score(runner: Runner, config: CurationConfig, indexed: Json, targets: dict[
     blocks, rows = indexed["blocks"], indexed["rows"]
     wanted = set(plan["missing"])
     missing = [slice(first, first + count) for first, count, _ in plan["parts"] if first in wanted]
-    sizes = [sum(rows[part]) for part in missing]
+    batches = list(split(missing, [sum(rows[part]) for part in missing], target=_VALUE_ROWS))
     calls = [
         {**common, "valuation": plan["valuation"], "blocks": [block for part in batch for block in blocks[part]]}
-        for batch in split(missing, sizes, target=_VALUE_ROWS)
+        for batch in batches
     ]
-    run_all(runner, value_blocks, [{**call, "rows": sum(sizes)} for call in calls], store_uri=config.store)
+    tracker = Tracker("value", [sum(sum(rows[part]) for part in batch) for batch in batches])
+    run_all(runner, value_blocks, calls, store_uri=config.store, tracker=tracker)
     return plan
 
 
@@ -179,9 +181,11 @@ def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, 
     }
     call = {"config": config, "version": corpus["version"], "run_id": run.run_id, "lineage": lineage}
     with run.stage("export") as stage:
-        (exported,) = run_all(runner, export_kept, [{**call, "rows": run.counts["rows_kept"]}], store_uri=config.store)
+        tracker = Tracker("export", [run.counts["rows_kept"]])
+        (exported,) = run_all(runner, export_kept, [call], store_uri=config.store, tracker=tracker)
         stage.read(f"runs/{run.run_id}/decisions.parquet", rows=run.counts["rows"])
-        stage.wrote(exported["outputs"][0], rows=exported["rows"])
+        stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
+        stage.wrote(exported["outputs"][0], rows=exported["rows"], size=exported["bytes"])
         stage.cached = exported["reused"]
     run.record["export"] = exported["label"]
 

@@ -11,18 +11,22 @@ from __future__ import annotations
 import ctypes
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
-def start_temporary_server() -> None:
-    """Start the server that Prefect's clients will find; it is stopped when the process exits.
+@contextmanager
+def temporary_server() -> Iterator[None]:
+    """Start a server for the clients of this process, and of those that run its tasks; it is stopped at exit.
 
     Call it from the main thread: the server is ended when the thread that started it is.
     """
     from prefect.server.api import server as module
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     libc = ctypes.CDLL(None)
 
@@ -41,6 +45,10 @@ def start_temporary_server() -> None:
     names = vars(module)
     names["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": detached})
     try:
-        module.SubprocessASGIServer().start()
+        server = module.SubprocessASGIServer()
+        server.start()
     finally:
         names["subprocess"] = subprocess
+    # without the address, the processes of a cluster would each start a server of their own
+    with temporary_settings({PREFECT_API_URL: server.api_url}):
+        yield

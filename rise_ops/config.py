@@ -162,8 +162,22 @@ class ExportConfig(_Config):
 class RunnerConfig(_Config):
     """Where tasks run."""
 
-    kind: Literal["threads"] = Field("threads", description="Prefect task runner.")
-    workers: int = Field(1, ge=1, description="Tasks at the same time.")
+    kind: Literal["threads", "dask", "ray"] = Field(
+        "threads", description="threads of this process, or the worker processes of a cluster."
+    )
+    workers: int = Field(1, ge=1, description="Tasks at the same time; of a cluster made for the run, its workers.")
+    address: Url | None = Field(
+        None,
+        description="tcp://scheduler:8786 (dask) or ray://head:10001; null: a cluster is made for the run.",
+    )
+    gpus: int = Field(0, ge=0, description="GPUs of each worker that runs the model. 0: none are asked for.")
+
+    @model_validator(mode="after")
+    def _cluster_keys_need_a_cluster(self) -> RunnerConfig:
+        given = [name for name, value in (("address", self.address), ("gpus", self.gpus)) if value]
+        if self.kind == "threads" and given:
+            raise ValueError(f"cannot use '{given[0]}' with kind threads; set kind to dask or ray")
+        return self
 
 
 class LimitsConfig(_Config):

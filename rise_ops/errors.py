@@ -76,6 +76,10 @@ class LimitError(CurationError):
     """A stage needs more than a configured limit allows."""
 
 
+class WorkerError(CurationError):
+    """Processes that run tasks died over one, or cannot be reached."""
+
+
 class TransientError(CurationError):
     """A fault that is expected to pass: a throttled, reset or timed-out request."""
 

@@ -199,6 +199,15 @@ def list_indexed(store: Store, identity: str, rows_of: Mapping[str, int], *, dim
     return IndexListing(store, identity).complete(rows_of, dim=dim)
 
 
+def completed_block(store: Store, identity: str, block_id: str, *, rows: int, dim: int) -> BlockRecord | None:
+    """The record of a block that is complete by now; None where something of it is missing."""
+    group_key = f"indexes/{identity}/blocks/{block_id}.zarr/"
+    if not store.exists(f"indexes/{identity}/blocks/{block_id}.json"):
+        return None
+    whole = _is_whole(dict(store.list(group_key)), group_key, rows, dim)
+    return read_record(store, identity, block_id) if whole else None
+
+
 def write_block(store: Store, identity: str, block_id: str, signatures: RowSignatures, *, seconds: float,
                 producer: Mapping[str, str], sketched: Sequence[int] | None = None) -> BlockRecord:  # fmt: skip
     """Store a block's signatures; its completion record comes last. Returns the record.
@@ -221,9 +230,10 @@ def write_block(store: Store, identity: str, block_id: str, signatures: RowSigna
     group_key = f"indexes/{identity}/blocks/{block_id}.zarr"
     rows, dim = signatures.signature.shape
     key = f"indexes/{identity}/blocks/{block_id}.json"
+    complete = completed_block(store, identity, block_id, rows=rows, dim=dim)
+    if complete is not None:
+        return complete
     sizes = dict(store.list(f"{group_key}/"))
-    if store.exists(key) and _is_whole(sizes, f"{group_key}/", rows, dim):
-        return read_record(store, identity, block_id)
     _discard_damaged(store, identity, block_id, sizes, _sizes(rows, dim))
     write_signatures(store, group_key, signatures)
     computed = np.arange(rows) if sketched is None else np.asarray(sketched, dtype=np.int64)

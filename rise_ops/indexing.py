@@ -16,7 +16,7 @@ import polars as pl
 
 from rise_ops.blocks import read_texts
 from rise_ops.errors import IntegrityError
-from rise_ops.index import BlockRecord, read_chunk, read_counts, read_record, write_block
+from rise_ops.index import BlockRecord, completed_block, read_chunk, read_counts, read_record, write_block
 from rise_ops.memory import FRESH_ROWS
 from rise_ops.progress import Progress, silent
 from rise_ops.signatures import RowSignatures, Signer
@@ -30,7 +30,8 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
                   progress: Progress = silent) -> list[BlockRecord]:  # fmt: skip
     """Compute and store the signatures of blocks, one after the other.
 
-    A block is visible when its record is; stopping in between loses one block.
+    A block is visible when its record is; stopping in between loses one block. One that is complete by now, from an
+    earlier try or another run, is taken as it is.
 
     Parameters
     ----------
@@ -55,10 +56,11 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
     for block_id in block_ids:
         started = time.perf_counter()
         texts = read_texts(store, block_id)
-        found = (reuse or {}).get(block_id)
-        signatures, computed = _signatures(store, identity, texts, found, dim=dim, signer=signer)
-        records.append(
-            write_block(
+        record = completed_block(store, identity, block_id, rows=len(texts), dim=dim)
+        if record is None:
+            found = (reuse or {}).get(block_id)
+            signatures, computed = _signatures(store, identity, texts, found, dim=dim, signer=signer)
+            record = write_block(
                 store,
                 identity,
                 block_id,
@@ -67,9 +69,10 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
                 producer=_producer(signer()) if computed else {},
                 sketched=computed,
             )
-        )
+            del signatures  # or those of the next block would be computed beside them
+        records.append(record)
         done += len(texts)
-        del signatures, texts  # or the next block would be computed beside them
+        del texts
         progress(done, None)
     return records
 

@@ -22,7 +22,7 @@ def attribute_queries(
     """Find the top and bottom rows of each query and store them under the hash of the answer."""
     store = Store(store_uri)
     rows = ad_hoc_queries(config, queries=queries, text=text, prompt=prompt)
-    found = attribute(store, config, rows, k=k, progress=stage_progress("attribute", None))
+    found = attribute(store, config, rows, k=k, progress=stage_progress())
     answer = [attribution.to_json(bottom=True) for attribution in found]
     key = f"attributions/{fingerprint(answer)}.json"
     store.create_json(key, {"format_version": 1, "k": k, "queries": answer})

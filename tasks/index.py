@@ -41,9 +41,7 @@ def open_model(store_uri: str, config: CurationConfig) -> Json:
 
 
 @stage("sketch")
-def sketch(
-    store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: int, reuse: list[str]
-) -> Json:
+def sketch(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], reuse: list[str]) -> Json:
     """Fill blocks that the index lacks. Not cached: the index itself is the cache."""
     store = Store(store_uri)
     records = sketch_blocks(
@@ -53,7 +51,7 @@ def sketch(
         dim=config.sketch.dim,
         signer=lambda: open_signer(store, config),
         reuse=read_reuse(store, reuse, blocks),
-        progress=stage_progress("sketch", rows),
+        progress=stage_progress(),
     )
     return {
         "rows": sum(record.rows for record in records),

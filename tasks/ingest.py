@@ -63,7 +63,7 @@ def ingest_objects(
 ) -> Json:
     """Read source objects into canonical blocks; fresh: whatever Prefect remembers of them."""
     store = Store(store_uri)
-    progress = stage_progress("ingest", None)
+    progress = stage_progress()
     done = 0
     results = []
     for each in objects:
@@ -127,5 +127,6 @@ def publish_corpus(
         "rows": published.rows,
         "rejected": published.rejected,
         "sources": len(published.sources),
+        "fields": dict(published.fields),
         "outputs": [f"corpora/{corpus.name}/versions/{published.version:012d}.json"],
     }

@@ -8,15 +8,13 @@ store is the truth; a cached result that is lost or wrong costs time and nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect import Task, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
-from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner
 from prefect.tasks import exponential_backoff
 
 from rise_ops.errors import is_transient
@@ -86,37 +84,3 @@ def _run_name(name: str) -> str:
             first = items[0][:12] if kind == "blocks" else str(items[0]["uri"]).rsplit("/", 1)[-1][:40]
             return f"{name}: {len(items)} {kind} from {first}"
     return f"{name}: {parameters['name']}" if "name" in parameters else name
-
-
-def run_all(
-    runner: TaskRunner[Any],
-    what: Task[..., Json],
-    calls: Iterable[Call],
-    *,
-    store_uri: str,
-    holds: Callable[[Call, Json], bool] | None = None,
-) -> list[Json]:
-    """Run one task for many calls; results in the calls' order, each with `cached`.
-
-    Parameters
-    ----------
-    holds
-        Of a task that may be cached: whether the store holds what a result says of a call. One that it does not
-        hold is computed again.
-    """
-    parameters = [{"store_uri": store_uri, **call} for call in calls]
-    futures = [runner.submit(what, parameters=each) for each in parameters]
-    results = [_result(future) for future in futures]
-    if holds is not None:
-        pairs = enumerate(zip(parameters, results, strict=True))
-        wrong = [index for index, (call, found) in pairs if found["cached"] and not holds(call, found)]
-        again = what.with_options(refresh_cache=True)
-        renewed = [runner.submit(again, parameters=parameters[index]) for index in wrong]
-        for index, future in zip(wrong, renewed, strict=True):
-            results[index] = _result(future)
-    return results
-
-
-def _result(future: PrefectFuture[Json]) -> Json:
-    value = future.result()
-    return {**value, "cached": future.state.name == "Cached"}

@@ -16,7 +16,7 @@ from tasks.progress import stage_progress
 
 
 @stage("export")
-def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: str, lineage: Json, rows: int) -> Json:
+def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: str, lineage: Json) -> Json:
     """Publish the kept rows; the same rows in the same format are published once."""
     store = Store(store_uri)
     published = export_rows(
@@ -27,7 +27,7 @@ def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: st
         config=config.export,
         lineage=lineage,
         memory=int(config.limits.memory),
-        progress=stage_progress("export", rows),
+        progress=stage_progress(),
     )
     folder = f"exports/{published.label}"
     return {**asdict(published), "label": published.label, "outputs": [f"{folder}/manifest.json"]}

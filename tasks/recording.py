@@ -20,7 +20,9 @@ from rise_ops.config import CurationConfig
 from rise_ops.damage import Damage, damage_of, note_damage, settle
 from rise_ops.errors import ConfigError, CurationError, DamagedError
 from rise_ops.examples import examples_key
+from rise_ops.openlineage import RunEvents, openlineage_run_id
 from rise_ops.quarantine import quarantine_key
+from rise_ops.redaction import error_text
 from rise_ops.report import write_report
 from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
 from rise_ops.selection import decisions_key
@@ -40,15 +42,17 @@ class Stage:
 
     def read(self, key: str, *, sha256: str | None = None, rows: int | None = None) -> None:
         """Note an input in the store."""
-        self.inputs.append(reference(self._store, key, sha256=sha256, rows=rows))
+        self.inputs.append(reference(self._store.url(key), sha256=sha256, rows=rows))
 
-    def read_source(self, uri: str, *, sha256: str | None = None, rows: int | None = None) -> None:
+    def read_source(
+        self, uri: str, *, sha256: str | None = None, rows: int | None = None, size: int | None = None
+    ) -> None:
         """Note an input outside the store."""
-        self.inputs.append({"uri": uri, "sha256": sha256, "rows": rows})
+        self.inputs.append(reference(uri, sha256=sha256, rows=rows, size=size))
 
-    def wrote(self, key: str, *, sha256: str | None = None, rows: int | None = None) -> None:
+    def wrote(self, key: str, *, sha256: str | None = None, rows: int | None = None, size: int | None = None) -> None:
         """Note an output."""
-        self.outputs.append(reference(self._store, key, sha256=sha256, rows=rows))
+        self.outputs.append(reference(self._store.url(key), sha256=sha256, rows=rows, size=size))
 
 
 class Recorder:
@@ -82,16 +86,18 @@ class Recorder:
             "export": None,
             "stages": [],
         }
+        self._events = RunEvents(self.store, config, name=name, record=self.record)
+        self.record["openlineage_run_id"] = str(openlineage_run_id(self.store, self.run_id))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Time a stage and keep its record; a stage that fails leaves none."""
         started, clock, stage = now(), time.perf_counter(), Stage(self.store)
         self.record["failed_stage"] = name
-        yield stage
-        self.record["failed_stage"] = None
-        self.record["stages"].append(
-            stage_record(
+        with self._events.stage(name) as complete:
+            yield stage
+            self.record["failed_stage"] = None
+            done = stage_record(
                 name,
                 started=started,
                 seconds=time.perf_counter() - clock,
@@ -99,7 +105,8 @@ class Recorder:
                 inputs=stage.inputs,
                 outputs=stage.outputs,
             )
-        )
+            self.record["stages"].append(done)
+            complete(done)
 
     def mend(self, error: DamagedError) -> bool:
         """Note a broken object and forget what the stages have done so far, so that they can run again.
@@ -128,6 +135,7 @@ class Recorder:
         with ExitStack() as stack:
             stack.enter_context(alive(self.store, self.run_id))
             wait_for_collectors(self.store, self.run_id)
+            stack.enter_context(self._events)
             self._alive = stack.pop_all()
         return self
 
@@ -140,15 +148,17 @@ class Recorder:
             with suppress(CurationError):
                 self._note(error)
         if error is not None:
-            self.record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            self.record |= {"status": "failed", "error": error_text(error)}
         self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}
         if error is None:
             settle(self.store)
+            self._events.finish(None)
             write_run(self.store, self.record)
             self.report = write_report(self.store, self.run_id)
             self._publish_artifacts()
         else:
             with suppress(CurationError):  # a store that refuses would hide the error behind its own
+                self._events.finish(error)
                 write_run(self.store, self.record)
 
     def summary(self) -> Json:

@@ -52,7 +52,6 @@ def value_blocks(
     targets: dict[str, str],
     valuation: str,
     blocks: list[str],
-    rows: int,
 ) -> Json:
     """Score whole parts of blocks against all targets. Not cached: the store has what was scored."""
     store = Store(store_uri)
@@ -64,7 +63,7 @@ def value_blocks(
         aggregate=config.aggregate,
         memory=int(task_limits(config).memory),
         tasks=config.runner.workers,
-        progress=stage_progress("value", rows),
+        progress=stage_progress(),
     )
     return {"rows": scored}
 

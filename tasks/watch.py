@@ -1,24 +1,80 @@
-"""Watching a corpus: one look at the sources, and an event where they changed."""
+"""Watching a corpus: one look at the sources, and an event where they differ from what is published.
+
+A look knows nothing of the looks before it: whatever differs from the corpus' current version is announced again
+until a run has published it, so an event that was lost is made good by the next look. It is not announced while a
+run of the corpus waits to start, because that run will list the sources by itself; so at most one run waits,
+however often and however much the sources change. A run that works already may have listed them before the change
+and holds nothing back.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
+from prefect.exceptions import PrefectHTTPStatusError
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import look_at_sources
+from rise_ops.errors import ConfigError, TransientError
 from rise_ops.store import Store
-from tasks.policy import Json
+from tasks.policy import Json, stage
 
 EVENT = "curation.corpus.changed"
+KINDS = ("added", "changed", "removed")
+SHOWN = 100
+"""Objects of a kind that an event or a record names; the server takes events of up to 1.5 MB."""
+
+_LISTING = ("index_corpus", "curate")
+"""Flows that list the sources when they start."""
+_SOON = timedelta(minutes=1)
+_STUCK = timedelta(minutes=10)
+"""A run that a worker took this long ago and that has not begun is not waited for."""
+_PAGE = 200
+
+
+@stage("look")
+def look_at_corpus(store_uri: str, config: CurationConfig) -> Json:
+    """Compare a listing of the sources with the current version, and show what differs as an artifact."""
+    found = bounded(look(config.model_copy(update={"store": store_uri})))
+    if found["is_changed"]:
+        table = [{"change": kind, "object": uri} for kind in KINDS for uri in found[kind]]
+        counted = ", ".join(f"{found['counts'][kind]:,} {kind}" for kind in KINDS)
+        since = "nothing published yet" if found["version"] is None else f"version {found['version']}"
+        left = f"; {found['left_out']:,} are not shown" if found["left_out"] else ""
+        create_table_artifact(
+            table, key="corpus-changes", description=f"Corpus {found['corpus']} since {since}: {counted}{left}"
+        )
+    return found
+
+
+@stage("announce")
+def announce_change(store_uri: str, config: CurationConfig, found: Json) -> Json:
+    """Emit the event, unless a run waits that will see the change anyway."""
+    return announce(config.model_copy(update={"store": store_uri}), found)
 
 
 def look(config: CurationConfig) -> Json:
     """Compare a listing of the sources with the current version. Reads no source object, writes nothing."""
     store = Store(config.store)
     version, diff = look_at_sources(store, config.corpus, config.limits)
-    found = {name: [item.uri for item in getattr(diff, name)] for name in ("added", "changed", "removed")}
+    found = {name: [item.uri for item in getattr(diff, name)] for name in KINDS}
     return {
         "corpus": config.corpus.name,
+        "store": store.uri,
         "version": version.version if version else None,
         "is_changed": any(found.values()),
         "unchanged": len(diff.unchanged),
@@ -26,7 +82,88 @@ def look(config: CurationConfig) -> Json:
     }
 
 
-def announce(config: CurationConfig, found: Json) -> None:
-    """Emit the event `curation.corpus.changed` with the diff; whoever reacts lists again."""
-    resource = {"prefect.resource.id": f"curation.corpus.{config.corpus.name}", "store": config.store}
-    emit_event(EVENT, resource=resource, payload=found)
+def bounded(found: Json) -> Json:
+    """A look with at most `SHOWN` objects of each kind, the number of all of them, and how many were left out."""
+    counts = {kind: len(found[kind]) for kind in KINDS}
+    shown = {kind: found[kind][:SHOWN] for kind in KINDS}
+    return {**found, **shown, "counts": counts, "left_out": sum(max(0, count - SHOWN) for count in counts.values())}
+
+
+def announce(config: CurationConfig, found: Json) -> Json:
+    """Emit the event `curation.corpus.changed`, unless a run of the corpus waits to start.
+
+    Returns
+    -------
+    dict
+        {announced: whether it was emitted, waiting: name of the run that waits, or None}
+
+    Raises
+    ------
+    TransientError
+        The server does not answer, so the event would be lost without an error.
+    ConfigError
+        The server refuses.
+    """
+    run = waiting_run(config)
+    if run is not None:
+        return {"announced": False, "waiting": run}
+    resource = {
+        "prefect.resource.id": f"curation.corpus.{config.corpus.name}",
+        "prefect.resource.name": config.corpus.name,
+        "curation.store": found["store"],
+    }
+    emit_event(EVENT, resource=resource, payload=bounded(found) if "counts" not in found else found)
+    return {"announced": True, "waiting": None}
+
+
+def waiting_run(config: CurationConfig) -> str | None:
+    """Name of a run that will list the sources of this corpus for this store as soon as it starts; else None.
+
+    Raises
+    ------
+    TransientError, ConfigError
+    """
+    mine = _identity(config.model_dump(include={"store": True, "corpus": {"name"}}))
+    for run in _about_to_start():
+        if _identity(run.parameters.get("config")) == mine and not _is_stuck(run):
+            return run.name
+    return None
+
+
+def _about_to_start() -> Iterator[FlowRun]:
+    """Runs that have not begun and are due: not those of a schedule's days to come, not those that begin again."""
+    due = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) + _SOON),
+    )
+    flows = FlowFilter(name=FlowFilterName(any_=list(_LISTING)))
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+        if problem is not None:
+            raise TransientError(
+                f"the Prefect server does not answer ({type(problem).__name__}), so nobody was told of the change; "
+                "check PREFECT_API_URL. The next look tells it again"
+            ) from problem
+        try:
+            offset = 0
+            while page := client.read_flow_runs(flow_filter=flows, flow_run_filter=due, limit=_PAGE, offset=offset):
+                yield from (run for run in page if run.run_count == 0)
+                offset += len(page)
+        except PrefectHTTPStatusError as error:
+            raise ConfigError(
+                f"the Prefect server refuses to list runs (status {error.response.status_code}); check the "
+                "PREFECT_API_* variables"
+            ) from error
+
+
+def _identity(config: Any) -> tuple[str, str] | None:
+    """Store and corpus of a configuration as a run's parameters have it."""
+    try:
+        return str(config["store"]).rstrip("/"), str(config["corpus"]["name"])
+    except (KeyError, TypeError):  # parameters that are no configuration: the run will fail
+        return None
+
+
+def _is_stuck(run: FlowRun) -> bool:
+    state = run.state
+    return state is not None and state.is_pending() and datetime.now(UTC) - state.timestamp > _STUCK

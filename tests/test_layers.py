@@ -110,7 +110,10 @@ def test_the_top_level_is_short() -> None:
     assert {name.partition("/")[0] for name in listed.stdout.splitlines()} <= TOP_LEVEL
 
 
-@pytest.mark.parametrize(("extras", "packages"), [([], ["rise_ops", "tasks", "flows"]), (["test"], ["tests"])])
+@pytest.mark.parametrize(
+    ("extras", "packages"),
+    [([], ["rise_ops", "tasks"]), (["dask", "ray"], ["flows"]), (["test", "dask", "ray"], ["tests"])],
+)
 def test_what_is_imported_is_declared(extras: list[str], packages: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [
