@@ -148,6 +148,10 @@ def show_changes(found: Json) -> None:
             _OUT.print(f"{kind:>8}  {plain(uri)}")
         if len(found[kind]) > 20:
             _OUT.print(f"{kind:>8}  and {len(found[kind]) - 20:,} more")
+    if found["announced"]:
+        _OUT.print("announced to the Prefect server")
+    elif found["waiting"]:
+        _OUT.print(f"not announced: the run {plain(found['waiting'])} waits to start and will see it")
 
 
 def show_diff(found: Json) -> None:
