@@ -66,6 +66,7 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool 
         (published,) = run_all(runner, publish_corpus, [{**call, **common}], store_uri=config.store)
         for item in objects:
             stage.read_source(item["uri"], sha256=item["object_sha"], rows=item["rows"], size=item["size"])
+        stage.columns = published["columns"]
         stage.wrote(published["outputs"][0], sha256=published["snapshot_id"], rows=published["rows"])
         stage.cached = published["version"] == seen["parent"] and all(item["reused"] for item in objects)
         run.record["corpus"] |= {name: published[name] for name in ("version", "snapshot_id", "fields")}

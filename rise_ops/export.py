@@ -75,6 +75,8 @@ class Export:
     version: str
     rows: int
     files: int
+    bytes: int
+    """Of the data files."""
     reused: bool
     """Whether an earlier run had published it already."""
 
@@ -139,7 +141,8 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
         content = fingerprint([_content(kept), config.model_dump(mode="json"), lineage["identity"]])
         begun, finished = _claimed(store, name, content)
         if finished is not None:
-            return Export(name, finished["version"], finished["rows"], len(finished["files"]), reused=True)
+            size = sum(file["bytes"] for file in finished["files"])
+            return Export(name, finished["version"], finished["rows"], len(finished["files"]), size, reused=True)
         claim = {**lineage, "run_id": run_id, "content": content}
 
         def write(number: str) -> list[ExportedFile]:
@@ -166,7 +169,7 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
     }
     store.create_json(manifest_key(name, number), manifest)
     settle(store, prefix=f"{prefix}/")
-    return Export(name, number, rows, len(files), reused=False)
+    return Export(name, number, rows, len(files), sum(file.bytes for file in files), reused=False)
 
 
 def dataset_card(name: str, number: str, rows: int, config: ExportConfig, lineage: Mapping[str, Any],
@@ -262,7 +265,7 @@ def _write_files(store: Store, prefix: str, kept: Path, fields: Mapping[str, str
     import zstandard
 
     renamed = _renamed(fields)
-    types = ColumnTypes({renamed.get(name, name): kind for name, kind in fields.items()} | OWN_COLUMNS)
+    types = ColumnTypes(exported_columns(fields))
     spool = kept.with_name("rows.jsonl.zst")
     done = 0
     with zstandard.open(spool, "wb") as lines:
@@ -363,6 +366,12 @@ def _iter_rows(store: Store, kept: Path, renamed: Mapping[str, str], plan: Expor
                 rows = block[start : start + step]
                 joined = rows.drop("doc_id").hstack(content[rows["block_row"].to_list()])
                 yield [_original(row, renamed) for row in joined.iter_rows(named=True)]
+
+
+def exported_columns(fields: Mapping[str, str]) -> dict[str, str]:
+    """Columns of an export and their types, in this order, from those of the corpus."""
+    renamed = _renamed(fields)
+    return {renamed.get(name, name): kind for name, kind in fields.items()} | OWN_COLUMNS
 
 
 def _renamed(fields: Iterable[str]) -> dict[str, str]:

@@ -52,9 +52,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def reference(store: Store, key: str, *, sha256: str | None = None, rows: int | None = None) -> Json:
-    """An input or output of a stage."""
-    return {"uri": store.url(key), "sha256": sha256, "rows": rows}
+def reference(uri: str, *, sha256: str | None = None, rows: int | None = None, size: int | None = None) -> Json:
+    """An input or output of a stage; `size` in bytes, left out where it is not known."""
+    return {"uri": uri, "sha256": sha256, "rows": rows} | ({} if size is None else {"bytes": size})
 
 
 def stage_record(

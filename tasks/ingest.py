@@ -12,6 +12,7 @@ from rise_ops.diff import CorpusDiff, diff_versions
 from rise_ops.errors import IntegrityError
 from rise_ops.ingest import IngestedObject, ingest_object, is_held, publish
 from rise_ops.memory import ingest_memory
+from rise_ops.openlineage_datasets import source_columns
 from rise_ops.rows import ingest_fingerprint
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
@@ -128,5 +129,6 @@ def publish_corpus(
         "rejected": published.rejected,
         "sources": len(published.sources),
         "fields": dict(published.fields),
+        "columns": source_columns(store, objects),
         "outputs": [f"corpora/{corpus.name}/versions/{published.version:012d}.json"],
     }

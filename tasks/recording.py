@@ -39,6 +39,8 @@ class Stage:
         self.inputs: list[Json] = []
         self.outputs: list[Json] = []
         self.cached = False
+        self.columns: dict[str, dict[str, str]] = {}
+        """Columns of sources and their types, by URI."""
 
     def read(self, key: str, *, sha256: str | None = None, rows: int | None = None) -> None:
         """Note an input in the store."""
@@ -106,7 +108,7 @@ class Recorder:
                 outputs=stage.outputs,
             )
             self.record["stages"].append(done)
-            complete(done)
+            complete(done, stage.columns)
 
     def mend(self, error: DamagedError) -> bool:
         """Note a broken object and forget what the stages have done so far, so that they can run again.

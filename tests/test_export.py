@@ -193,7 +193,7 @@ def test_the_same_decisions_are_published_once(tmp_path: Path) -> None:
     first = _export(indexed, run_id="one", keep={"rows": 10})
     again = _export(indexed, run_id="two", keep={"rows": 10})
     assert (first.version, first.reused) == ("0001", False)
-    assert again == Export("out", "0001", 10, 1, reused=True)
+    assert again == Export("out", "0001", 10, 1, first.bytes, reused=True)
     assert _export(indexed, run_id="three", keep={"rows": 10}, format="jsonl.zst").version == "0002"
     assert _export(indexed, run_id="four", keep={"rows": 11}).version == "0003"
     assert [manifest["version"] for manifest in list_exports(indexed.store)] == ["0001", "0002", "0003"]

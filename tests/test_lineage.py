@@ -33,7 +33,7 @@ def _run(indexed: Indexed, run_id: str, keep: Mapping[str, Any]) -> None:
         keep=KeepConfig(**keep), memory=2**30,
     )  # fmt: skip
     made = export_rows(store, version, run_id=run_id, name="out", config=ExportConfig(), lineage=LINEAGE, memory=2**30)
-    output = reference(store, f"runs/{run_id}/decisions.parquet")
+    output = reference(store.url(f"runs/{run_id}/decisions.parquet"))
     stage = stage_record("select", started="now", seconds=1.23456, cached=False, inputs=[], outputs=[output])
     write_run(
         store,

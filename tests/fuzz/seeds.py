@@ -135,7 +135,7 @@ def fill_store(folder: Path) -> Store:
         "stages": [
             stage_record(
                 "select", started="2026-01-31T12:00:00.000+00:00", seconds=1.2, cached=False, inputs=[],
-                outputs=[reference(store, f"runs/{RUN}/decisions.parquet", rows=version.rows)],
+                outputs=[reference(store.url(f"runs/{RUN}/decisions.parquet"), rows=version.rows)],
             )
         ],
     }  # fmt: skip
