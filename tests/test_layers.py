@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
     ".ci",
+    ".dockerignore",
     ".gitattributes",
     ".gitignore",
     ".pre-commit-config.yaml",
