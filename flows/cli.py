@@ -285,16 +285,27 @@ def status(store: StoreUri, json_: AsJson = False) -> None:
 @app.command()
 def lineage(
     store: StoreUri,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A run id, an export (name[/version]) or a doc_id.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="[TARGET]", help="A run id, an export (name[/version]) or a doc_id.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="URI", help="A source object; one ending in / or with * means all of these.")
+    ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Where a run, an export or an exported row comes from."""
-    from flows.console import show_lineage
+    """Where a run, an export or an exported row comes from; with --source, where a source object went."""
+    from flows.console import show_lineage, show_source
     from rise_ops.lineage import trace
-    from rise_ops.store import Store
+    from rise_ops.withdrawal import trace_source
 
-    found = trace(Store(store), target)
-    _emit(found, json_, lambda: show_lineage(found))
+    if (target is None) == (source is None):
+        raise ConfigError("give either TARGET (a run id, an export or a doc_id) or --source URI")
+    if source is not None:
+        where = trace_source(_opened(store), source)
+        _emit(where, json_, lambda: show_source(where))
+    elif target is not None:
+        found = trace(_opened(store), target)
+        _emit(found, json_, lambda: show_lineage(found))
 
 
 @app.command()

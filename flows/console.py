@@ -22,6 +22,8 @@ Listener = Callable[[str, int, int | None], None]
 _OUT = Console()
 _ERR = Console(stderr=True)
 _PREVIEW = 160
+_LISTED = 5
+"""Rows and objects shown of many."""
 _WHOLE = ("run_id", "score")
 """Columns that are copied or compared, so never broken."""
 
@@ -225,9 +227,9 @@ def show_lineage(found: Json) -> None:
         _OUT.print(f"[yellow]its run {plain(found['run_id'])} left no record[/yellow]")
         return
     _OUT.print(f"[bold]run {plain(run['run_id'])}[/bold] {plain(run['status'])}, started {plain(run['started'])}")
-    code = f"{plain(run['code']['version'])} {plain(run['code']['commit'] or '')}"
-    _OUT.print(f"  config {_short(run['config_fingerprint'])}  code {code}")
-    _OUT.print(f"  model {plain(run['model']['name'])} {_short(run['model'].get('fingerprint'))}")
+    _show_making(run)
+    if run.get("events"):
+        _OUT.print(f"  OpenLineage events {plain(run['events'])}", soft_wrap=True)
     for stage in run["stages"]:
         _OUT.print(f"  [bold]{plain(stage['name'])}[/bold] {stage['seconds']:.1f} s")
         for arrow, items in (("←", stage["inputs"]), ("→", stage["outputs"])):
@@ -254,10 +256,82 @@ def _show_row(found: Json) -> None:
         _OUT.print(f"  run {plain(item['run_id'])}: {place}, {fate}")
     for export in found["exports"]:
         _OUT.print(f"  in export {plain(export)}")
-    _OUT.print(f"  model {plain(found['model']['name'])} {_short(found['model'].get('fingerprint'))}")
-    corpus = found["corpus"]
-    _OUT.print(f"  index {_short(found['index_id'])}, corpus {plain(corpus['name'])} version {corpus['version']}")
-    _OUT.print(f"  config {_short(found['config_fingerprint'])}, code {plain(found['code']['version'])}")
+    _OUT.print(f"  as run {plain(found['run_id'])} decided, with")
+    _show_making(found)
+    _OUT.print(f"  record {plain(found['record'])} (--json shows the whole configuration)", soft_wrap=True)
+
+
+def _show_making(run: Json) -> None:
+    """With which model, corpus, configuration and code something was made."""
+    model, corpus, code, made = run["model"], run["corpus"], run["code"], run["made_with"] or {}
+    revision = f" revision {plain(made['revision'])}" if made.get("revision") else ""
+    fingerprint = _short(model.get("fingerprint")) or "unknown"
+    _OUT.print(f"  model {plain(model['name'])}{revision}, fingerprint {fingerprint}", soft_wrap=True)
+    number = f" version {corpus['version']}" if corpus.get("version") is not None else ""
+    _OUT.print(f"  corpus {plain(corpus['name'])}{number}, index {_short(run['index_id']) or 'none'}")
+    _OUT.print(f"  config {_short(run['config_fingerprint']) or 'unknown'}")
+    for name, target in made.get("targets", {}).items():
+        _OUT.print(f"    target {plain(name)} × {target['weight']:g}: {plain(target['queries'])}", soft_wrap=True)
+    if made.get("targets"):
+        keep = ", ".join(f"{limit:,} {name}" for name, limit in made["keep"].items()) or "every row"
+        _OUT.print(f"    aggregate {made['aggregate']}, temperature {made['temperature']:g}, keep {keep}")
+    commit = f", commit {plain(code['commit'])}" if code.get("commit") else ""
+    sources = f", sources {_short(code['fingerprint'])}" if code.get("fingerprint") else ""
+    _OUT.print(f"  code {plain(code['version'])}{commit}{sources}", soft_wrap=True)
+
+
+def show_source(found: Json) -> None:
+    """Where a source object went."""
+    _OUT.print(f"[bold]source {plain(found['source'], width=400)}[/bold]", soft_wrap=True)
+    for corpus in found["corpora"]:
+        now = "in its current version" if corpus["current"] == corpus["count"] else f"{corpus['current']:,} of them now"
+        state = now if corpus["current"] else "in older versions only"
+        _OUT.print(f"  in corpus {plain(corpus['corpus'])}: {_objects(corpus['count'])}, {state}")
+        for item in corpus["objects"][:_LISTED]:
+            spans = ", ".join(_spans(item["versions"]))
+            rows = f"{item['rows']:,} rows, {item['rejected']:,} rejected"
+            _OUT.print(f"    {plain(item['uri'])}  {rows}, version {spans}", soft_wrap=True)
+        _and_more(corpus["count"])
+    for run in found["runs"]:
+        _OUT.print(f"  run {plain(run['run_id'])} decided on {run['rows']:,} rows and kept {run['kept']:,}")
+    for export in found["exports"]:
+        _show_exported(export)
+    if not found["exports"]:
+        _OUT.print("  in no export")
+    for name in found["attributions"]:
+        _OUT.print(f"  quoted in attributions/{plain(name)}")
+    for item in found["unreadable"]:
+        _OUT.print(f"  [yellow]could not be read: {plain(item['key'])}: {plain(item['problem'])}[/yellow]")
+    if found["next"]:
+        _OUT.print("[bold]To take it out:[/bold]")
+    for number, step in enumerate(found["next"], 1):
+        _OUT.print(f"  {number}. {plain(step, width=1_000)}", soft_wrap=True)
+
+
+def _show_exported(export: Json) -> None:
+    origin = "" if export["read_from"] == "data" else ", as the run decided"
+    _OUT.print(f"  in export [bold]{plain(export['export'])}[/bold]: {export['rows']:,} of its "
+               f"{export['rows_in_all']:,} rows{origin}")  # fmt: skip
+    for place in export["places"][:_LISTED]:
+        _OUT.print(
+            f"    {plain(place['source_uri'])} row {place['source_row']}  {_short(place['doc_id'])}", soft_wrap=True
+        )
+    _and_more(export["rows"])
+    if export["rows_elsewhere"]:
+        _OUT.print(f"    and {export['rows_elsewhere']:,} rows of the same content that come from other sources:")
+        for place in export["elsewhere"][:_LISTED]:
+            _OUT.print(f"    {plain(place['source_uri'])} row {place['source_row']}  {_short(place['doc_id'])}",
+                       soft_wrap=True)  # fmt: skip
+        _and_more(export["rows_elsewhere"])
+
+
+def _objects(count: int) -> str:
+    return "1 object" if count == 1 else f"{count:,} objects"
+
+
+def _and_more(count: int) -> None:
+    if count > _LISTED:
+        _OUT.print(f"    and {count - _LISTED:,} more (--json shows them)")
 
 
 def _changes(title: str, found: Json) -> Table:

@@ -2,7 +2,8 @@
 
 A row is found by its doc_id in the decisions of the runs; its place there names the source object and the
 row in it, and the corpus version names the object's bytes. If the object is still the same, its line is
-read again and shown.
+read again and shown. Model, configuration and code are those of the latest run that exported the row, or, where none
+did, that decided on it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
+from pydantic import ValidationError
 
+from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_source_row, read_version
 from rise_ops.errors import ConfigError, IntegrityError, SourceError
 from rise_ops.export import list_exports
-from rise_ops.runs import list_runs, read_run
+from rise_ops.runs import lineage_key, list_runs, read_run
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
 
@@ -32,7 +35,7 @@ def trace(store: Store, target: str) -> Json:
         The store knows nothing by that name.
     """
     if target in store.children("runs"):
-        return {"kind": "run", **read_run(store, target)}
+        return {"kind": "run", **_run(store, target)}
     name, _, version = target.partition("/")
     if name in store.children("exports"):
         return _trace_export(store, name, version)
@@ -56,7 +59,31 @@ def _trace_export(store: Store, name: str, version: str) -> Json:
         "kind": "export",
         **manifest,
         "lineage": made_by,
-        "run": read_run(store, manifest["run_id"]) if recorded else None,
+        "run": _run(store, manifest["run_id"]) if recorded else None,
+    }
+
+
+def _run(store: Store, run_id: str) -> Json:
+    """A run's record, what matters of its configuration, and where its events are."""
+    record, key = read_run(store, run_id), lineage_key(run_id)
+    return record | {"made_with": _made_with(record), "events": store.url(key) if store.exists(key) else None}
+
+
+def _made_with(record: Json) -> Json | None:
+    """What of a recorded configuration decides on a row; None where this program does not know its keys."""
+    try:
+        config = CurationConfig.model_validate(record.get("config"))
+    except ValidationError:
+        return None
+    return {
+        "revision": config.model.revision,
+        "temperature": config.sketch.temperature,
+        "targets": {
+            name: {"queries": target.queries, "weight": config.weights.get(name, 0.0)}
+            for name, target in config.targets.items()
+        },
+        "aggregate": config.aggregate,
+        "keep": config.selection.keep.model_dump(exclude_none=True),
     }
 
 
@@ -72,22 +99,27 @@ def _trace_row(store: Store, prefix: str) -> Json:
     names = sorted({row["doc_id"] for row in occurrences})
     if len(names) > 1:
         raise ConfigError(f"{prefix} is the beginning of {len(names)} rows: {', '.join(names[:5])}; give more digits")
-    latest = read_run(store, occurrences[0]["run_id"])
     published = {manifest["run_id"]: f"{manifest['name']}/{manifest['version']}" for manifest in list_exports(store)}
     exports = {run_id: read_run(store, run_id)["export"] for run_id in {row["run_id"] for row in occurrences}}
     for row in occurrences:
         row["export"] = exports[row["run_id"]] if row["kept"] else None
+    exporting = [row["run_id"] for row in occurrences if row["export"] in published.values()]
+    maker = read_run(store, next(iter(exporting), occurrences[0]["run_id"]))
     return {
         "kind": "row",
         "doc_id": names[0],
         "decisions": occurrences,
         "exports": sorted({row["export"] for row in occurrences if row["export"] in published.values()}),
-        "sources": _sources(store, latest, [row for row in occurrences if row["run_id"] == latest["run_id"]]),
-        "model": latest["model"],
-        "index_id": latest["index_id"],
-        "corpus": latest["corpus"],
-        "code": latest["code"],
-        "config_fingerprint": latest["config_fingerprint"],
+        "run_id": maker["run_id"],
+        "sources": _sources(store, maker, [row for row in occurrences if row["run_id"] == maker["run_id"]]),
+        "model": maker["model"],
+        "index_id": maker["index_id"],
+        "corpus": maker["corpus"],
+        "code": maker["code"],
+        "config_fingerprint": maker["config_fingerprint"],
+        "config": maker.get("config"),
+        "made_with": _made_with(maker),
+        "record": store.url(f"runs/{maker['run_id']}/run.json"),
     }
 
 

@@ -35,7 +35,7 @@ from rise_ops.config import CurationConfig
 from rise_ops.openlineage_datasets import MAX_DATASETS, PRODUCER, Known, input_dataset, items_of, output_dataset
 from rise_ops.openlineage_sender import Sender, open_sender
 from rise_ops.redaction import error_text
-from rise_ops.runs import now
+from rise_ops.runs import lineage_key, now
 from rise_ops.store import Store
 
 Json = Mapping[str, Any]
@@ -50,11 +50,6 @@ _STAGES = {
     "evaluate": "Measures the ranking against a label, and collects examples.",
     "examples": "Collects examples.",
 }
-
-
-def lineage_key(run_id: str) -> str:
-    """Where a run's events are in the store."""
-    return f"runs/{run_id}/openlineage.jsonl"
 
 
 def openlineage_run_id(store: Store, run_id: str) -> UUID:

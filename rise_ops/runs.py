@@ -1,6 +1,7 @@
 """Runs: one execution, its stages and what they read and wrote.
 
-    runs/<run_id>/run.json      the whole record, written once, when the run ends (also when it fails)
+    runs/<run_id>/run.json             the whole record, written once, when the run ends (also when it fails)
+    runs/<run_id>/openlineage.jsonl    the same as OpenLineage events (`rise_ops.openlineage`), written just before
 
 A stage's record names inputs and outputs (URI, SHA-256 where there is one, rows), how long it took and whether
 its result was already there. The code is named by version, a hash of
@@ -94,6 +95,11 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None  # no git, or not its checkout: the version alone names the code
     return done.stdout.strip() or None
+
+
+def lineage_key(run_id: str) -> str:
+    """Where a run's OpenLineage events are in the store."""
+    return f"runs/{run_id}/openlineage.jsonl"
 
 
 def write_run(store: Store, record: Mapping[str, Any]) -> str:

@@ -131,6 +131,24 @@ class ClaimShape:
 
 
 @dataclass(frozen=True, slots=True)
+class _Hit:
+    source_uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    hits: list[_Hit]
+    bottom: list[_Hit] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class AttributionShape:
+    """attributions/<hash>.json."""
+
+    queries: list[_Answer]
+
+
+@dataclass(frozen=True, slots=True)
 class NoteShape:
     """damage/<sha256>.json."""
 
