@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,8 +28,7 @@ _logger = logging.getLogger(__name__)
 
 _QUEUED = 2
 """Tasks for each worker of a cluster of our own: one that runs, one that waits for it to end."""
-_RETRIES = 3
-"""Workers that may die over one task, before the run fails: the default of both schedulers."""
+_CONNECT_SECONDS = 10.0
 _STORE_BYTES = 128 * 2**20
 """Ray's shared memory; tasks exchange kilobytes."""
 
@@ -62,6 +62,10 @@ def _window(runner: RunnerConfig) -> int:
     return runner.workers * (1 if runner.address else _QUEUED)
 
 
+def _place(runner: RunnerConfig) -> str:
+    return "made for the run" if runner.address is None else f"at {runner.address}"
+
+
 def _devices(runner: RunnerConfig) -> list[str]:
     """For each worker on this machine, its GPUs as CUDA_VISIBLE_DEVICES; empty where none are asked for."""
     if not runner.gpus:
@@ -87,19 +91,14 @@ def _dask(runner: RunnerConfig) -> Dispatcher:
         return options
 
     def connect(started: TaskRunner[Any]) -> None:
-        try:
-            workers = started.client.scheduler_info(n_workers=-1)["workers"].values()  # type: ignore[attr-defined]
-        except OSError as error:
-            raise WorkerError(
-                f"no Dask scheduler answers at {runner.address}: {error}; check runner.address"
-            ) from error
+        workers = started.client.scheduler_info(n_workers=-1)["workers"].values()  # type: ignore[attr-defined]
         _warn(runner, max((worker["resources"].get("GPU", 0) for worker in workers), default=0), len(workers))
 
     where: dict[str, Any] = {"address": runner.address}
     if runner.address is None:
         where = {"cluster_class": distributed.SpecCluster, "cluster_kwargs": _dask_cluster(runner)}
     lost = (distributed.KilledWorker, distributed.CancelledError, CommClosedError)
-    return Dispatcher(DaskTaskRunner(**where), window=_window(runner), on_gpu=on_gpu, lost=lost, connect=connect)
+    return Dispatcher(DaskTaskRunner(**where), _window(runner), on_gpu, lost, _place(runner), connect)
 
 
 def _dask_cluster(runner: RunnerConfig) -> dict[str, Any]:
@@ -137,13 +136,25 @@ def _ray(runner: RunnerConfig) -> Dispatcher:
         _warn(runner, int(resources.get("GPU", 0)), int(resources.get("CPU", 0)))
 
     init: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if runner.address is None:
+    if runner.address is not None:
+        _reach(runner.address)
+    else:
         devices = _devices(runner)
         own = {"num_cpus": runner.workers, "num_gpus": len(devices) * runner.gpus}
         init |= own | {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     started = RayTaskRunner(address=runner.address, init_kwargs=init)
     lost = (ray.exceptions.RayError, ConnectionError)
-    return Dispatcher(started, window=_window(runner), on_gpu=on_gpu, lost=lost, connect=connect)
+    return Dispatcher(started, _window(runner), on_gpu, lost, _place(runner), connect)
+
+
+def _reach(address: str) -> None:
+    """Fail at once where nothing listens: Ray itself asks for minutes."""
+    host, _, port = address.rpartition("://")[2].partition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise WorkerError(f"the cluster at {address} does not answer: {error}; check runner.address") from error
 
 
 def _warn(runner: RunnerConfig, gpus: int, workers: int) -> None:

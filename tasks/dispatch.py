@@ -8,7 +8,7 @@ scheduler gives its task to another, which finds in the store what was finished.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from queue import SimpleQueue
@@ -20,13 +20,11 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 
 from rise_ops.errors import WorkerError
-from tasks.policy import Call, Json
+from tasks.metering import SLIP, settled, slips
+from tasks.policy import GPU, Call, Json
 from tasks.progress import Tracker
 
 Parameters = dict[str, Any]
-
-GPU = "gpu"
-"""Tag of the tasks that run the model."""
 
 
 @dataclass
@@ -40,16 +38,19 @@ class Dispatcher:
     """Within it, tasks are submitted to workers with a GPU."""
     lost: tuple[type[BaseException], ...] = field(default=())
     """What the runner raises where a task's worker died too often, or the runner itself is gone."""
+    place: str = ""
+    """What the runner connects to, for messages."""
     connect: Callable[[TaskRunner[Any]], None] = lambda _: None
-    """Called once the runner has started: fails, or warns, where it cannot do what is needed."""
+    """Called once the runner has started; warns where tasks will have to wait."""
 
     def __enter__(self) -> Dispatcher:
-        self.runner.__enter__()
-        try:
-            self.connect(self.runner)
-        except BaseException:
-            self.runner.__exit__(None, None, None)
-            raise
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self.runner)
+                self.connect(self.runner)
+            except (OSError, *self.lost) as error:  # type: ignore[misc]
+                raise WorkerError(f"the cluster {self.place} does not answer: {error}; check runner.address") from error
+            stack.pop_all()
         return self
 
     def __exit__(
@@ -65,7 +66,8 @@ class Dispatcher:
         WorkerError
             Workers died over a task.
         """
-        waiting = iter(enumerate(calls))
+        handed = [{**call, SLIP: slip} for call, slip in zip(calls, slips(len(calls)), strict=True)]
+        waiting = iter(enumerate(handed))
         futures: dict[int, PrefectFuture[Json]] = {}
         results: dict[int, Json] = {}
         ready: SimpleQueue[int] = SimpleQueue()
@@ -92,7 +94,7 @@ class Dispatcher:
                 f"workers died, or could not be reached, over a task of {what.name} ({type(error).__name__}); look at "
                 "their logs (out of memory?), then give the same command again: what was finished is in the store"
             ) from error
-        return {**value, "cached": future.state.name == "Cached"}
+        return settled(value, cached=future.state.name == "Cached")
 
 
 def run_all(
