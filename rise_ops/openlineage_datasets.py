@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +31,7 @@ from rise_ops.config import CurationConfig, FieldMap
 from rise_ops.export import OWN_COLUMNS, exported_columns
 from rise_ops.objects import read_record
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 PRODUCER = f"urn:rise-ops:{__version__}"
 MAX_DATASETS = 100
@@ -116,7 +116,7 @@ def source_columns(store: Store, objects: Sequence[Json]) -> dict[str, dict[str,
     IntegrityError, StoreError, TransientError
     """
     some = objects[:MAX_DATASETS]
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ContextPool(_CONNECTIONS) as pool:
         records = pool.map(lambda item: read_record(store, item["record"]), some)
         return {item["uri"]: _listed(record.fields) for item, record in zip(some, records, strict=True)}
 
@@ -259,7 +259,7 @@ def _listed(columns: Mapping[str, str]) -> dict[str, str]:
 def _columns(item: Item, known: Known) -> Columns:
     """Columns of a dataset and their types; none where they are not known."""
     scores = {f"score_{name}": "float32" for name in known.config.targets}
-    row = {"doc_id": "string", "block_id": "string", "block_row": "uint32"}
+    place = {"block_id": "string", "block_row": "uint32"}
     signature = {"signature": f"float16[{known.config.sketch.dim}]", "tokens": "int32", "chunks": "int32"}
     match item.kind:
         case "corpus":
@@ -270,10 +270,10 @@ def _columns(item: Item, known: Known) -> Columns:
         case "target":
             return {"doc_id": "string", "text": "string", "prompt": "string", "meta": "json", **signature}
         case "scores":
-            return {"block": "uint32", **row, "tokens": "int32", "chunks": "int32", **scores}
+            return {"block": "uint32", **place, "doc_id": "string", "tokens": "int32", "chunks": "int32", **scores}
         case "decisions":
             fate = {"value": "float32", "rank": "uint32", "kept": "bool", "reason": "string"}
-            return {**row, **_PLACES, "tokens": "int32", **scores, **fate}
+            return {"doc_id": "string", **place, **_PLACES, "tokens": "int32", **scores, **fate}
         case "export":
             return exported_columns(_listed(known.fields)) if known.fields else {}
     return {}

@@ -41,10 +41,15 @@ def open_sender() -> Sender | None:
 
 
 def _configured_client() -> OpenLineageClient | None:
-    settings = OpenLineageClient(transport=NoopTransport(NoopConfig())).config
-    if (settings.transport or {}).get("type") or os.environ.get("OPENLINEAGE_URL"):
-        return OpenLineageClient()
-    return None
+    before = set(os.environ)
+    try:
+        settings = OpenLineageClient(transport=NoopTransport(NoopConfig())).config
+        if (settings.transport or {}).get("type") or os.environ.get("OPENLINEAGE_URL"):
+            return OpenLineageClient()
+        return None
+    finally:
+        for name in os.environ.keys() - before:  # the client writes the URL and its key there once more
+            del os.environ[name]
 
 
 class Sender:

@@ -28,7 +28,7 @@ _BUCKET: Final = "tests"
 
 def _make_hermetic(home: Path) -> None:
     for name in list(os.environ):
-        if name.upper().startswith(("AWS_", "PREFECT_", "HF_")) or name.lower().endswith("_proxy"):
+        if name.upper().startswith(("AWS_", "OPENLINEAGE", "PREFECT_", "HF_")) or name.lower().endswith("_proxy"):
             del os.environ[name]
     os.environ |= {
         "AWS_CONFIG_FILE": os.devnull,
