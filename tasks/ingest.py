@@ -16,6 +16,7 @@ from rise_ops.openlineage_datasets import source_columns
 from rise_ops.rows import ingest_fingerprint
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
+from tasks.assets import asset_of, materialised
 from tasks.policy import Call, Json, stage
 from tasks.progress import stage_progress
 
@@ -91,6 +92,11 @@ def _compared(store: Store, previous: int | None, published: CorpusVersion, *, m
         return None
 
 
+def _tell(store: Store, published: CorpusVersion) -> None:
+    about = {"version": published.version, "snapshot_id": published.snapshot_id, "rows": published.rows}
+    materialised(asset_of(store, f"corpora/{published.corpus}", name=f"corpus {published.corpus}"), about)
+
+
 @stage("publish")
 def publish_corpus(
     store_uri: str,
@@ -120,6 +126,8 @@ def publish_corpus(
         compared_with=parent or 0,
     )
     diff = _compared(store, previous, published, memory=int(limits.memory))
+    if published.run_id == run_id and published.version != parent:
+        _tell(store, published)
     return {
         "diff": diff.to_json() if diff else None,
         "rows_new": diff.rows_new if diff else None,

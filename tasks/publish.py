@@ -11,6 +11,7 @@ from rise_ops.examples import write_examples
 from rise_ops.export import export_rows
 from rise_ops.parts import cut_parts
 from rise_ops.store import Store
+from tasks.assets import asset_of, materialised
 from tasks.policy import Json, stage
 from tasks.progress import stage_progress
 
@@ -29,6 +30,12 @@ def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: st
         memory=int(config.limits.memory),
         progress=stage_progress(),
     )
+    if not published.reused:
+        about = {"version": published.version, "rows": published.rows, "bytes": published.bytes, "run_id": run_id,
+                 "snapshot_id": lineage["corpus"]["snapshot_id"]}  # fmt: skip
+        corpus = asset_of(store, f"corpora/{config.corpus.name}", name=f"corpus {config.corpus.name}")
+        exported = asset_of(store, f"exports/{published.name}", name=f"export {published.name}")
+        materialised(exported, about, made_of=corpus)
     folder = f"exports/{published.label}"
     return {**asdict(published), "label": published.label, "outputs": [f"{folder}/manifest.json"]}
 
