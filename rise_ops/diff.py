@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -26,6 +25,7 @@ from rise_ops.corpus import CorpusVersion, current_version, read_snapshot, read_
 from rise_ops.errors import ConfigError, MissingObjectError
 from rise_ops.objects import read_rows_doc_ids
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 ROW_BYTES = 64
 """Peak bytes of a row while counting."""
@@ -252,6 +252,6 @@ def _part(columns: list[Callable[[], pl.Series]], part: int, parts: int) -> pl.D
 
 def _read(columns: Iterable[Callable[[], pl.Series]]) -> Iterator[pl.Series]:
     readers = iter(columns)
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ContextPool(_CONNECTIONS) as pool:
         while batch := list(islice(readers, _CONNECTIONS)):
             yield from pool.map(lambda read: read(), batch)

@@ -31,6 +31,7 @@ import polars as pl
 from rise_ops.columns import ColumnTypes
 from rise_ops.config import ExportConfig
 from rise_ops.corpus import CorpusVersion, read_block
+from rise_ops.counters import count
 from rise_ops.damage import noted_keys, settle
 from rise_ops.errors import ConflictError, DamagedError, MissingObjectError
 from rise_ops.hashing import canonical_json, fingerprint
@@ -169,6 +170,7 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
     }
     store.create_json(manifest_key(name, number), manifest)
     settle(store, prefix=f"{prefix}/")
+    count("rows", rows)
     return Export(name, number, rows, len(files), sum(file.bytes for file in files), reused=False)
 
 

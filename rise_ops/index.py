@@ -17,7 +17,6 @@ damaged after its record was written is repaired by `write_block`; readers only 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from rise_ops.hashing import fingerprint
 from rise_ops.shapes import BlockShape, IndexShape
 from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
 from rise_ops.store import Store, zarr_errors
+from rise_ops.threads import ContextPool
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
@@ -322,7 +322,7 @@ def read_record(store: Store, identity: str, block_id: str) -> BlockRecord:
 def read_records(store: Store, identity: str, block_ids: Iterable[str]) -> dict[str, BlockRecord]:
     """Completion records of many blocks."""
     wanted = list(block_ids)
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ContextPool(_READERS) as pool:
         return dict(zip(wanted, pool.map(lambda block: read_record(store, identity, block), wanted), strict=True))
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import polars as pl
 
 from rise_ops.blocks import read_texts
+from rise_ops.counters import count
 from rise_ops.errors import IntegrityError
 from rise_ops.index import BlockRecord, completed_block, read_chunk, read_counts, read_record, write_block
+from rise_ops.logs import each_block
 from rise_ops.memory import FRESH_ROWS
 from rise_ops.progress import Progress, silent
 from rise_ops.signatures import RowSignatures, Signer
@@ -53,7 +55,7 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
     """
     records = []
     done = 0
-    for block_id in block_ids:
+    for block_id in each_block(block_ids, str):
         started = time.perf_counter()
         texts = read_texts(store, block_id)
         record = completed_block(store, identity, block_id, rows=len(texts), dim=dim)
@@ -69,6 +71,8 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
                 producer=_producer(signer()) if computed else {},
                 sketched=computed,
             )
+            count("rows", len(computed))
+            count("tokens", int(signatures.tokens[computed].sum()))
             del signatures  # or those of the next block would be computed beside them
         records.append(record)
         done += len(texts)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rise_ops.blocks import RowBuffer, block_key, ends_block, write_block
 from rise_ops.checksums import stored_crc32c
 from rise_ops.config import CorpusConfig, CurationConfig, LimitsConfig
 from rise_ops.corpus import CorpusVersion, look_at_sources
+from rise_ops.counters import count
 from rise_ops.heap import steady_heap
 from rise_ops.memory import ingest_memory
 from rise_ops.objects import (
@@ -45,6 +45,7 @@ from rise_ops.readers import Reader, SourceRow, open_rows
 from rise_ops.rows import RowFault, canonical_row, ingest_fingerprint
 from rise_ops.sources import SourceObject, hash_object, is_local, refuse_changed, refuse_inside
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 __all__ = [
     "IngestedObject",
@@ -276,6 +277,8 @@ class _Conversion:
                 progress(done, reader.total)
         self._columns = reader.columns
         self._finish()
+        count("rows", self._rows)
+        count("rejected", self._rejected)
         progress(self._rows + self._rejected, self._rows + self._rejected)
 
     def record(self, *, object_sha: str, settings: str) -> ObjectRecord:
@@ -339,7 +342,7 @@ def _finished(store: Store, record: str) -> ObjectRecord | None:
     known = read_record(store, record)
     keys = [places_key(record), *([rows_key(record)] if known.small else [])]
     keys += [block_key(block.block_id) for block in known.blocks]
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ContextPool(_CONNECTIONS) as pool:
         return known if all(pool.map(store.exists, keys)) else None
 
 

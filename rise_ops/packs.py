@@ -16,7 +16,6 @@ Packing reads the members' `.rows.parquet`, never the sources.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +38,7 @@ from rise_ops.hashing import fingerprint
 from rise_ops.objects import RECORD_FORMAT, BlockCount, ObjectRecord, places_key, record_key, rows_key
 from rise_ops.shapes import PackShape
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 _AVERAGE_ROWS = 2048
 _CONNECTIONS = 16
@@ -142,7 +142,7 @@ def _gather(store: Store, members: Sequence[ObjectRecord]) -> tuple[RowBuffer, d
         except MissingObjectError as error:
             raise DamagedError(f"{store.url(key)} is missing; run again", store.url(key)) from error
 
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ContextPool(_CONNECTIONS) as pool:
         frames = list(pool.map(load, members))
     rows = RowBuffer()
     shas: list[object] = []

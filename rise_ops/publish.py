@@ -9,7 +9,6 @@ nothing is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -30,6 +29,7 @@ from rise_ops.quarantine import check_rows
 from rise_ops.rows import ingest_fingerprint
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 _ATTEMPTS = 5
 _CONNECTIONS = 16
@@ -130,7 +130,7 @@ def _merged(objects: Sequence[IngestedObject], unchanged: Sequence[SourceEntry])
 
 def _records(store: Store, entries: Sequence[SourceEntry]) -> dict[str, ObjectRecord]:
     names = sorted({entry.record for entry in entries})
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ContextPool(_CONNECTIONS) as pool:
         return dict(zip(names, pool.map(lambda name: read_record(store, name), names), strict=True))
 
 

@@ -8,6 +8,7 @@ its sources. It is streamed from the records, a batch at a time.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -38,6 +39,9 @@ _REJECTED = pa.schema(
     ],
     metadata={FORMAT_KEY: str(QUARANTINE_FORMAT)},
 )
+
+
+_logger = logging.getLogger(__name__)
 
 
 def quarantine_key(run_id: str) -> str:
@@ -73,6 +77,9 @@ def check_rows(store: Store, entries: Sequence[SourceEntry], *, corpus: str, run
     if rejected:
         counts, examples = _write(store, entries, run_id=run_id)
         limit, total = limits.bad_rows, rows + rejected
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.most_common())
+        _logger.info("%d of %d rows are in quarantine (%s): %s", rejected, total, kinds,
+                     store.url(quarantine_key(run_id)))  # fmt: skip
         if rejected > limit if limit >= 1 else rejected > limit * total:
             raise BadRowsError(_summary(store, counts, examples, total=total, limit=limit, run_id=run_id))
     if not rows:

@@ -8,15 +8,19 @@ together. No try starts later than `retry_seconds` after the first, and each is 
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from rise_ops.counters import count
 from rise_ops.errors import TransientError
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,12 @@ def pauses() -> Iterator[float | None]:
     yield None
 
 
+def tell(error: Exception, pause: float) -> None:
+    """Log and count that a request failed in passing and is tried again after a pause, in seconds."""
+    count("retries")
+    _logger.info("%s; trying again in %.1f s", str(error).partition("\n")[0], pause)
+
+
 def retried(call: Callable[[], T]) -> T:
     """Result of `call`, which is called again within the budget while it raises TransientError.
 
@@ -70,5 +80,6 @@ def retried(call: Callable[[], T]) -> T:
             error.spent = error.spent or pause is None
             if error.spent or pause is None:
                 raise
+            tell(error, pause)
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")

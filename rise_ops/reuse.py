@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import polars as pl
@@ -30,6 +29,7 @@ from rise_ops.corpus import CorpusVersion, parent_version
 from rise_ops.errors import IntegrityError
 from rise_ops.hashing import sha256_hex
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 LOOKS_PER_ROW = 1_000
 """doc_ids (32 bytes each once compressed) that are read at most for each row in search: 32 KB, which take less time
@@ -160,7 +160,7 @@ def _groups(missing: Iterable[tuple[str, pl.Series]], *, most: int) -> Iterator[
 def _search(store: Store, pending: pl.DataFrame, candidates: Sequence[str]) -> Iterator[pl.DataFrame]:
     left = max(FREE_LOOKS, LOOKS_PER_ROW * pending.height)
     start, size = 0, _SMALLEST_BATCH
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ContextPool(_CONNECTIONS) as pool:
         while start < len(candidates) and left > 0 and not pending.is_empty():
             batch = candidates[start : start + size]
             start, size = start + size, min(_LARGEST_BATCH, 2 * size)

@@ -12,7 +12,7 @@ neither.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
@@ -23,9 +23,11 @@ import torch
 
 from rise_ops.heap import steady_heap
 from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records
+from rise_ops.logs import each_block
 from rise_ops.memory import TILE_ROWS, ScanMemory
 from rise_ops.progress import Progress, silent
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 Float32Array = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -113,7 +115,8 @@ def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries:
     records = list(read_records(store, identity, block_ids).values())
     counts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
     done = 0
-    for position, start, scores in iter_scores(store, identity, records, queries, memory=memory):
+    pieces = iter_scores(store, identity, records, queries, memory=memory)
+    for position, start, scores in each_block(pieces, lambda piece: records[piece[0]].block_id):
         record = records[position]
         if start == 0 or counts is None:
             counts = read_counts(store, identity, record)
@@ -187,7 +190,7 @@ def smallest(k: int, kept: Float32Array, kept_rows: npt.NDArray[np.int64], new: 
 def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
     """Iterate with a thread that reads ahead, so that `count` items are held at most, the last one included."""
     iterator = iter(items)
-    with ThreadPoolExecutor(1) as pool:
+    with ContextPool(1) as pool:
         pending: list[Future[list[T]]] = [pool.submit(_next, iterator) for _ in range(count)]
         while True:
             item = pending.pop(0).result()

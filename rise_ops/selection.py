@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from rise_ops.config import KeepConfig
 from rise_ops.corpus import CorpusVersion, placements
+from rise_ops.counters import count
 from rise_ops.errors import IntegrityError, SelectionError
 from rise_ops.heap import steady_heap
 from rise_ops.memory import SelectMemory, select_memory
@@ -105,6 +106,7 @@ def decide(store: Store, version: CorpusVersion, *, run_id: str, parts: Sequence
         _join_fates(rows, ranking, whole)
         rows.unlink()
         store.create_from_file(decisions_key(run_id), whole)
+    count("rows", selection.rows)
     return selection
 
 

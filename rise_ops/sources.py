@@ -28,6 +28,7 @@ from urllib.parse import unquote
 import fsspec
 
 from rise_ops.connections import s3fs_options
+from rise_ops.counters import count
 from rise_ops.errors import ConfigError, SourceError, TransientError, is_transient
 from rise_ops.folders import MAGIC, inode_of, matching_files, open_regular, regular_status
 from rise_ops.retry import retried
@@ -147,6 +148,7 @@ class SourceFile:
         # without a size, an end after a failure could not be told from the object's
         data = retried(partial(self._read, size)) if self._size >= 0 else self._read(size)
         self._count += len(data)
+        count("source_read_bytes", len(data))
         if (not data or size < 0) and self._size not in (-1, self._count):
             self._refuse_end()
         return data
@@ -198,6 +200,7 @@ def local_copy(source: SourceObject, *, spooled: bool = False) -> Iterator[tuple
     """
     if is_local(source.uri) and not spooled:
         with _opened(source.uri, source) as held:
+            count("source_read_bytes", os.fstat(held.fileno()).st_size)
             yield Path(f"/dev/fd/{held.fileno()}"), hashlib.file_digest(held, "sha256").hexdigest()
         return
     digest = hashlib.sha256()

@@ -29,6 +29,7 @@ from obstore import exceptions as obstore_errors
 from rise_ops import retry
 from rise_ops.client_errors import first_line, store_error
 from rise_ops.connections import obstore_options, polars_options
+from rise_ops.counters import count
 from rise_ops.documents import document, sealed
 from rise_ops.errors import (
     ConfigError,
@@ -112,6 +113,7 @@ class Store:
         """The answer to a request, repeated within the budget, with our errors."""
 
         def ask() -> T:
+            count("requests")
             with named_errors(self, key):
                 return request()
 
@@ -143,6 +145,7 @@ class Store:
 
     def _sized(self, key: str, data: Any, size: int | None) -> memoryview:
         buffer = memoryview(data)
+        count("store_read_bytes", len(buffer))
         if size is not None and len(buffer) != size and not self.is_local:
             raise TransientError(f"{self.url(key)}: {len(buffer):,} bytes were sent, not {size:,}")
         return buffer
@@ -170,12 +173,14 @@ class Store:
         return retry.retried(put)
 
     def _put(self, key: str, data: bytes) -> bool:
+        count("requests")
         with named_errors(self, key):
             try:
                 obstore.put(self._writable(), key, data, mode="create", use_multipart=False)
             except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
                 return False
-            return True
+        count("store_written_bytes", len(data))
+        return True
 
     def create_from_file(self, key: str, path: Path) -> bool:
         """Write a local file as an object unless it exists; streams, so memory stays flat."""
@@ -185,6 +190,8 @@ class Store:
             return False
         with named_errors(self, key):  # an upload in parts becomes visible whole, at its end; its client repeats parts
             obstore.put(self._connect("", mkdir=True, tries=retry.BUDGET.tries), key, path)
+        count("requests")
+        count("store_written_bytes", path.stat().st_size)
         return True
 
     def create_json(self, key: str, value: Any) -> bool:
@@ -233,6 +240,7 @@ class Store:
 
         def ask() -> Any:
             nonlocal stream
+            count("requests")
             try:
                 with named_errors(self, prefix):
                     stream = stream or iter(obstore.list(self._backend, prefix=prefix.rstrip("/"), offset=last))

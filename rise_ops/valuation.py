@@ -27,6 +27,7 @@ import polars as pl
 
 from rise_ops.blocks import read_doc_ids
 from rise_ops.checksums import stored_crc32c
+from rise_ops.counters import count
 from rise_ops.errors import DamagedError, MissingObjectError
 from rise_ops.memory import EXTREMES, RRF_DEPTH, value_memory
 from rise_ops.parts import SCORES_FORMAT, Part
@@ -110,6 +111,7 @@ def _write_part(store: Store, part: Part, scored: Iterator[ScoredRows], extremes
         store.create_from_file(part.scores, path)
     sums = {"scores": stored_crc32c(store, part.scores), "extremes": stored_crc32c(store, part.extremes)}
     store.create_json(part.record, {"format_version": SCORES_FORMAT, "rows": rows, "crc32c": sums})
+    count("rows", rows)
     return rows
 
 

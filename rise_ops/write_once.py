@@ -20,6 +20,7 @@ from zarr.storage import ObjectStore
 
 from rise_ops import retry
 from rise_ops.client_errors import is_spent
+from rise_ops.counters import count
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -36,7 +37,10 @@ class WriteOnceStore(ObjectStore[Any]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The bytes of a key, or None where it is not there."""
-        return await _answered(partial(super().get, key, prototype, byte_range))
+        found = await _answered(partial(super().get, key, prototype, byte_range))
+        if found is not None:
+            count("store_read_bytes", len(found))
+        return found
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a key unless it exists."""
@@ -45,15 +49,18 @@ class WriteOnceStore(ObjectStore[Any]):
             await _answered(partial(obstore.put_async, self.store, key, value.as_buffer_like(), mode="create"))
         except (AlreadyExistsError, PreconditionError):
             return
+        count("store_written_bytes", len(value))
 
 
 async def _answered(ask: Callable[[], Awaitable[T]]) -> T:
     """The answer to a request, repeated within the budget while it is lost."""
     for pause in retry.pauses():
+        count("requests")
         try:
             return await ask()
         except BaseError as error:
             if pause is None or _LOST not in str(error) or is_spent(error):
                 raise
+            retry.tell(error, pause)
             await asyncio.sleep(pause)
     raise AssertionError("the last try returns or raises")

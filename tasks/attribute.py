@@ -9,13 +9,13 @@ from rise_ops.config import CurationConfig
 from rise_ops.hashing import fingerprint
 from rise_ops.session import ad_hoc_queries
 from rise_ops.store import Store
-from tasks.policy import Json, stage
+from tasks.policy import GPU, S3, Json, stage
 from tasks.progress import stage_progress
 
 _SHOWN = 50
 
 
-@stage("attribute")
+@stage("attribute", tags=[GPU, S3])
 def attribute_queries(
     store_uri: str, config: CurationConfig, queries: str | None, text: str | None, prompt: str | None, k: int
 ) -> Json:

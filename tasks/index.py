@@ -10,7 +10,7 @@ from rise_ops.indexing import sketch_blocks
 from rise_ops.reuse import read_reuse
 from rise_ops.session import open_signer
 from rise_ops.store import Store
-from tasks.policy import Json, stage
+from tasks.policy import GPU, S3, Json, stage
 from tasks.progress import stage_progress
 
 
@@ -24,7 +24,7 @@ def plan_index(store_uri: str, config: CurationConfig, version: int, run_id: str
     return plan_work(store, config, read_version(store, config.corpus.name, version), run_id=run_id).to_json()
 
 
-@stage("open-model")
+@stage("open-model", tags=[GPU])
 def open_model(store_uri: str, config: CurationConfig) -> Json:
     """Load and probe the model, and create the index or check that it fits."""
     store = Store(store_uri)
@@ -40,7 +40,7 @@ def open_model(store_uri: str, config: CurationConfig) -> Json:
     }
 
 
-@stage("sketch")
+@stage("sketch", tags=[GPU, S3])
 def sketch(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], reuse: list[str]) -> Json:
     """Fill blocks that the index lacks. Not cached: the index itself is the cache."""
     store = Store(store_uri)

@@ -17,7 +17,7 @@ from rise_ops.rows import ingest_fingerprint
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
 from tasks.assets import asset_of, materialised
-from tasks.policy import Call, Json, stage
+from tasks.policy import S3, Call, Json, stage
 from tasks.progress import stage_progress
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def survey(store_uri: str, corpus: CorpusConfig, limits: LimitsConfig, deep: boo
     }
 
 
-@stage("ingest", key=_identity)
+@stage("ingest", key=_identity, tags=[S3])
 def ingest_objects(
     store_uri: str, objects: list[Json], corpus: CorpusConfig, limits: LimitsConfig, deep: bool, fresh: bool
 ) -> Json:

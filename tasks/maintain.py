@@ -8,12 +8,12 @@ from rise_ops.errors import ConflictError
 from rise_ops.garbage import collect_garbage
 from rise_ops.store import Store
 from rise_ops.verify import verify_store
-from tasks.policy import Json, stage
+from tasks.policy import S3, Json, stage
 
 _SHOWN = 100
 
 
-@stage("verify")
+@stage("verify", tags=[S3])
 def verify_contents(store_uri: str, deep: bool) -> Json:
     """Check the store; what is broken is an artifact, and noted so that the next run makes it again."""
     store = Store(store_uri)

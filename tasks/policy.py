@@ -4,11 +4,14 @@ Retries are for faults that pass (`rise_ops.errors.is_transient`), with exponent
 A result is cached under (stage, stage version, estimator version, store, the call's own identity). The cache
 only saves work: before a cached result is used, the store must hold what it says, or the task runs again. The
 store is the truth; a cached result that is lost or wrong costs time and nothing else.
+
+Tags are for limits that a server's owner sets (`prefect concurrency-limit create gpu 1`): tasks with the tag of a limit
+then run at most so many at a time, over all runs on that server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefect import Task, runtime, task
@@ -19,11 +22,17 @@ from prefect.tasks import exponential_backoff
 
 from rise_ops.errors import is_transient
 from rise_ops.hashing import fingerprint
+from tasks.metering import SLIP, metered
 
 Json = dict[str, Any]
 Call = Mapping[str, Any]
 
 RETRIES = 3
+
+GPU = "gpu"
+"""Tag of the tasks that run the model."""
+S3 = "s3"
+"""Tag of the tasks that move much data between sources, store and worker, on S3 or elsewhere."""
 
 
 def _retry(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
@@ -38,6 +47,7 @@ def stage(
     *,
     version: int = 1,
     key: Callable[[Call], Any] | None = None,
+    tags: Sequence[str] = (),
 ) -> Callable[[Callable[..., Json]], Task[..., Json]]:
     """Make a function a task of a stage.
 
@@ -47,6 +57,8 @@ def stage(
         Raised when the stage computes something else from the same input: old results no longer count.
     key
         From the call's parameters, what its result depends on. Without it, or where it gives None, never cached.
+    tags
+        GPU, S3, or both.
     """
 
     def cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str | None:
@@ -62,7 +74,7 @@ def stage(
         return task(
             name=name,
             task_run_name=lambda: _run_name(name),
-            tags=[f"stage:{name}"],
+            tags=[f"stage:{name}", *tags],
             retries=RETRIES,
             retry_delay_seconds=exponential_backoff(1),
             retry_jitter_factor=0.5,
@@ -70,14 +82,17 @@ def stage(
             persist_result=True,
             result_serializer="json",
             **cached,
-        )(function)
+        )(metered(name, function))
 
     return wrap
 
 
 def _run_name(name: str) -> str:
-    """The stage, and how much this task has of it."""
+    """The stage, which of its tasks this is, and how much it has of the work."""
     parameters = runtime.task_run.parameters
+    slip = parameters.get(SLIP) or {"of": 1}
+    if slip["of"] > 1:
+        name = f"{name} {slip['position']}/{slip['of']}"
     for kind in ("objects", "blocks"):
         items = parameters.get(kind)
         if items:

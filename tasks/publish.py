@@ -12,11 +12,11 @@ from rise_ops.export import export_rows
 from rise_ops.parts import cut_parts
 from rise_ops.store import Store
 from tasks.assets import asset_of, materialised
-from tasks.policy import Json, stage
+from tasks.policy import S3, Json, stage
 from tasks.progress import stage_progress
 
 
-@stage("export")
+@stage("export", tags=[S3])
 def export_kept(store_uri: str, config: CurationConfig, version: int, run_id: str, lineage: Json) -> Json:
     """Publish the kept rows; the same rows in the same format are published once."""
     store = Store(store_uri)

@@ -6,6 +6,7 @@ lasts, the run gives signs of life (`rise_ops.alive`), so that no collector remo
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +21,8 @@ from rise_ops.config import CurationConfig
 from rise_ops.damage import Damage, damage_of, note_damage, settle
 from rise_ops.errors import ConfigError, CurationError, DamagedError
 from rise_ops.examples import examples_key
+from rise_ops.logs import log_fields
+from rise_ops.metrics import RunUsage, amounts, publish_metrics, write_metrics
 from rise_ops.openlineage import RunEvents, openlineage_run_id
 from rise_ops.quarantine import quarantine_key
 from rise_ops.redaction import error_text
@@ -27,8 +30,12 @@ from rise_ops.report import write_report
 from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
+from tasks.metering import gathering
+from tasks.run_logs import arrange_logs
 
 Json = dict[str, Any]
+
+_logger = logging.getLogger(__name__)
 
 
 class Stage:
@@ -69,6 +76,7 @@ class Recorder:
         self.rows_sketched = 0
         """Over all attempts."""
         self._mended: set[str] = set()
+        self._usage = RunUsage()
         self.report: str | None = None
         self._clock = time.perf_counter()
         self.record: Json = {
@@ -96,8 +104,12 @@ class Recorder:
         """Time a stage and keep its record; a stage that fails leaves none."""
         started, clock, stage = now(), time.perf_counter(), Stage(self.store)
         self.record["failed_stage"] = name
-        with self._events.stage(name) as complete:
-            yield stage
+        with log_fields(stage=name), self._events.stage(name) as complete:
+            _logger.info("stage begins")
+            try:
+                yield stage
+            finally:
+                self._account(name, time.perf_counter() - clock)
             self.record["failed_stage"] = None
             done = stage_record(
                 name,
@@ -109,6 +121,13 @@ class Recorder:
             )
             self.record["stages"].append(done)
             complete(done, stage.columns)
+
+    def _account(self, name: str, seconds: float) -> None:
+        """A stage has ended: what it cost."""
+        usage = self._usage.stage(name)
+        usage.seconds += seconds
+        told = amounts(usage.figures(), usage.seconds) or "nothing to count"
+        _logger.info("stage ends after %.1f s, %d tasks: %s", seconds, usage.tasks, told)
 
     def mend(self, error: DamagedError) -> bool:
         """Note a broken object and forget what the stages have done so far, so that they can run again.
@@ -135,6 +154,10 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
+            arrange_logs()
+            stack.enter_context(log_fields(run_id=self.run_id))
+            stack.enter_context(gathering(self._usage.add))
+            _logger.info("run %s of flow %s begins", self.run_id, self.record["name"])
             stack.enter_context(alive(self.store, self.run_id))
             wait_for_collectors(self.store, self.run_id)
             stack.enter_context(self._events)
@@ -152,16 +175,28 @@ class Recorder:
         if error is not None:
             self.record |= {"status": "failed", "error": error_text(error)}
         self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}
+        self.record["metrics"] = self._usage.figures()
+        how = "completed" if error is None else f"failed: {error_text(error).partition(chr(10))[0]}"
+        _logger.info("run %s ends after %.1f s, %s", self.run_id, self.record["seconds"], how)
         if error is None:
             settle(self.store)
             self._events.finish(None)
             write_run(self.store, self.record)
+            self._publish_metrics()
             self.report = write_report(self.store, self.run_id)
             self._publish_artifacts()
         else:
             with suppress(CurationError):  # a store that refuses would hide the error behind its own
                 self._events.finish(error)
                 write_run(self.store, self.record)
+            self._publish_metrics()
+
+    def _publish_metrics(self) -> None:
+        try:
+            publish_metrics(self.record)
+            write_metrics(self.store, self.record)
+        except CurationError as error:  # figures are no reason to fail, nor to hide why a run did
+            _logger.warning("the run's metrics are not whole: %s", error)
 
     def summary(self) -> Json:
         """The run as `curate run --json` prints it."""
@@ -185,6 +220,8 @@ class Recorder:
     def _publish_artifacts(self) -> None:
         rows = [{"figure": name, "value": value} for name, value in self.counts.items()]
         create_table_artifact(rows, key="curation-summary", description=f"Run {self.run_id}")
+        metrics = [{"stage": name, **figures} for name, figures in self.record["metrics"].items()]
+        create_table_artifact(metrics, key="curation-metrics", description=f"What the stages of {self.run_id} cost")
         stages = "\n".join(
             f"| {stage['name']} | {stage['seconds']:.1f} | {'yes' if stage['cached'] else 'no'} |"
             for stage in self.record["stages"]

@@ -13,11 +13,11 @@ from rise_ops.session import open_target
 from rise_ops.store import Store
 from rise_ops.targets import read_target
 from rise_ops.valuation import score_parts
-from tasks.policy import Json, stage
+from tasks.policy import GPU, S3, Json, stage
 from tasks.progress import stage_progress
 
 
-@stage("target")
+@stage("target", tags=[GPU])
 def sign_queries(store_uri: str, config: CurationConfig, index_id: str, name: str) -> Json:
     """Signatures of a target's queries; the store already has those of unchanged queries."""
     target = open_target(Store(store_uri), config, index_id, name)
@@ -44,7 +44,7 @@ def plan_value(
     }
 
 
-@stage("value")
+@stage("value", tags=[S3])
 def value_blocks(
     store_uri: str,
     config: CurationConfig,

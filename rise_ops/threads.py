@@ -1,0 +1,20 @@
+"""Threads that work for whoever started them: counters, log fields and a Prefect run are theirs, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ContextPool(ThreadPoolExecutor):
+    """A ThreadPoolExecutor whose calls see the context variables of the thread that submits them."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Schedule a call in a copy of the present context."""
+        return super().submit(partial(copy_context().run, fn, *args, **kwargs))
