@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,16 +88,16 @@ def running(kind: str, folder: Path) -> Iterator[S3Server]:
 
 
 def _moto(folder: Path, stack: ExitStack) -> S3Server:
-    port = _free_ports(1)[0]
-    _daemon(stack, [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "moto.log")
+    port = free_ports(1)[0]
+    daemon(stack, [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "moto.log")
     endpoint = f"http://127.0.0.1:{port}"
-    _wait_for_http(endpoint, folder / "moto.log")
+    wait_for_http(endpoint, folder / "moto.log")
     user = Credentials("testing", "testing123")
     return S3Server("moto", endpoint, user, user, "*", enforces_access=False)
 
 
 def _radosgw(folder: Path, stack: ExitStack) -> S3Server:
-    port, *monitor_ports = _free_ports(3)
+    port, *monitor_ports = free_ports(3)
     cluster = _Cluster(folder, uuid.uuid4().hex, tuple(monitor_ports), port)
     cluster.make_monitor()
     cluster.start(stack, "ceph-mon", "-i", "a")
@@ -106,7 +108,7 @@ def _radosgw(folder: Path, stack: ExitStack) -> S3Server:
     cluster.make_user("guest", guest)
     cluster.start(stack, "radosgw", "-n", "client.rgw")
     endpoint = f"http://127.0.0.1:{port}"
-    _wait_for_http(endpoint, folder / "radosgw.log")
+    wait_for_http(endpoint, folder / "radosgw.log")
     return S3Server("radosgw", endpoint, owner, guest, "arn:aws:iam:::user/guest", enforces_access=True)
 
 
@@ -200,7 +202,7 @@ class _Cluster:
     def start(self, stack: ExitStack, program: str, *arguments: str) -> None:
         """Run a daemon until the stack unwinds."""
         command = [program, "-f", "-c", str(self.folder / "ceph.conf"), *arguments]
-        _daemon(stack, command, self.folder / f"{program}.log")
+        daemon(stack, command, self.folder / f"{program}.log")
 
     def _key(self, name: str, capabilities: Mapping[str, str], *, create: bool = False) -> None:
         options = [part for area, allowed in capabilities.items() for part in ("--cap", area, allowed)]
@@ -214,12 +216,26 @@ def _call(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}")
 
 
-def _daemon(stack: ExitStack, command: Sequence[str], log: Path) -> None:
+def daemon(
+    stack: ExitStack,
+    command: Sequence[str],
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    user: str | None = None,
+) -> None:
+    """Run a daemon and whatever it starts until the stack unwinds, as another user where one is named."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*_dies_with_parent(), *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+            [*_dies_with_parent(), *as_user(user), *command],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True,
+        )  # fmt: skip
     stack.callback(_stop, process)
+
+
+def as_user(user: str | None) -> list[str]:
+    """What to put before a command; only root may name another user."""
+    return ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"] if user else []
 
 
 def _dies_with_parent() -> list[str]:
@@ -234,9 +250,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started and did not end
 
 
-def _wait_for_http(endpoint: str, log: Path) -> None:
+def wait_for_http(endpoint: str, log: Path) -> None:
+    """Until something answers, whatever it says."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
@@ -252,7 +272,8 @@ def _wait_for_http(endpoint: str, log: Path) -> None:
     raise RuntimeError(f"no answer from {endpoint} after {_START_SECONDS:.0f} s; {log} ends with:\n{tail}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody uses."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
