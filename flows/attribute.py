@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow
 
+from flows.hooks import FLOW_OPTIONS, run_name
 from flows.runners import dispatcher
 from rise_ops.config import CurationConfig
 from tasks.attribute import attribute_queries, publish_hits
 from tasks.dispatch import run_all
 
 
-def _run_name() -> str:
-    return f"{runtime.flow_run.parameters['config'].corpus.name}-attribute"
-
-
-@flow(name="attribute", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+@flow(name="attribute", flow_run_name=lambda: run_name("attribute"), **FLOW_OPTIONS)
 def attribute(
     config: CurationConfig, queries: str | None = None, text: str | None = None, prompt: str | None = None, k: int = 10
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rise_ops.errors import ConfigError, CurationError
+from rise_ops.logs import FORMAT_VARIABLE, PACKAGES, formatter
 from rise_ops.visible import visible
 
 if TYPE_CHECKING:
@@ -37,6 +39,14 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
+class LogFormat(StrEnum):
+    """How log records are written."""
+
+    plain = "plain"
+    json = "json"
+
+
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a.b=value.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of stdout.")]
@@ -47,18 +57,25 @@ StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="Root of the stor
 @app.callback()
 def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our logs.")] = False,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option("--log-format", envvar=FORMAT_VARIABLE, case_sensitive=False, help="Plain text, or JSON lines."),
+    ] = LogFormat.plain,
 ) -> None:
     """Set up logging: quiet unless asked."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ[FORMAT_VARIABLE] = log_format.value  # for the processes of a cluster of our own
     handler = logging.StreamHandler()
+    handler.setFormatter(formatter(log_format.value))
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if not verbose:  # Prefect's logs go to its server only: what they say of an error, the last line says better
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-        handler.addFilter(lambda record: record.name.partition(".")[0] in ("rise_ops", "tasks", "flows"))
+        handler.addFilter(lambda record: record.name.partition(".")[0] in PACKAGES)
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
+    handler.setLevel(level)  # our loggers go on from INFO: a server shows their records with the flow run
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from prefect import flow, runtime
 
+from flows.hooks import FLOW_OPTIONS, run_name
 from flows.runners import dispatcher
 from flows.stages import Runner, check, explain, export, index, ingest, mending, value
 from rise_ops.config import CurationConfig
@@ -22,11 +23,11 @@ _ORDER: tuple[Until, ...] = ("ingest", "index", "value", "export", "evaluate")
 
 
 def _run_name() -> str:
-    parameters = runtime.flow_run.parameters
-    return f"{parameters['config'].corpus.name}-{parameters['until']}"
+    until = runtime.flow_run.parameters["until"]
+    return run_name("curate" if until == _ORDER[-1] else until)
 
 
-@flow(name="curate", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+@flow(name="curate", flow_run_name=_run_name, **FLOW_OPTIONS)
 def curate(config: CurationConfig, until: Until = "evaluate", run_id: str | None = None, deep: bool = False) -> Json:
     """Curate a corpus up to and including a stage. Returns the run's summary.
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow
 
+from flows.hooks import FLOW_OPTIONS, run_name
 from flows.runners import dispatcher
 from flows.stages import Runner, check, index, ingest, mending
 from rise_ops.config import CurationConfig
 from tasks.recording import Recorder
 
 
-def _run_name() -> str:
-    return f"{runtime.flow_run.parameters['config'].corpus.name}-reindex"
-
-
-@flow(name="index_corpus", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+@flow(name="index_corpus", flow_run_name=lambda: run_name("reindex"), **FLOW_OPTIONS)
 def index_corpus(config: CurationConfig, run_id: str | None = None, deep: bool = False) -> dict[str, Any]:
     """Ingest what changed and compute the signatures that are missing. Returns the run's summary."""
     run = Recorder(config, name="index_corpus", run_id=run_id)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow
 
+from flows.hooks import FLOW_OPTIONS, run_name
 from rise_ops.config import CurationConfig
 from rise_ops.errors import IntegrityError
 from tasks.maintain import collect, verify_contents
 
 
-def _run_name() -> str:
-    return f"{runtime.flow_run.parameters['config'].corpus.name}-maintain"
-
-
-@flow(name="maintain", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+@flow(name="maintain", flow_run_name=lambda: run_name("maintain"), **FLOW_OPTIONS)
 def maintain(
     config: CurationConfig, deep: bool = False, garbage: bool = False, keep: int | None = None
 ) -> dict[str, Any]:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow
 
+from flows.hooks import FLOW_OPTIONS, run_name
 from rise_ops.config import CurationConfig
 from tasks.watch import announce_change, look_at_corpus
 
 
-def _run_name() -> str:
-    return f"{runtime.flow_run.parameters['config'].corpus.name}-watch"
-
-
-@flow(name="watch_corpus", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+@flow(name="watch_corpus", flow_run_name=lambda: run_name("watch"), **FLOW_OPTIONS)
 def watch_corpus(config: CurationConfig) -> dict[str, Any]:
     """Compare a listing of the sources with the published version, and announce a difference.
 

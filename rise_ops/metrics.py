@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize
+
 from rise_ops.counters import NAMES
 from rise_ops.errors import StoreError
 from rise_ops.store import Store
@@ -89,14 +91,11 @@ class StageUsage:
     def figures(self) -> dict[str, float]:
         """All figures, rates too; `queue` is the average number of waiting tasks (Little's law)."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
-        wall = self.seconds or float("inf")
-        rates = {
-            "rows_per_second": round(self.rows / wall, 3),
-            "tokens_per_second": round(self.tokens / wall, 3),
-            "queue": round(self.waited_seconds / wall, 3),
-            "workers": len(self.workers),
-        }
-        return {name: round(value, 3) for name, value in (found | rates).items()}
+        wall = self.seconds or self.busy_seconds  # the check before the first stage is its task and nothing else
+        rates = {"rows_per_second": self.rows, "tokens_per_second": self.tokens, "queue": self.waited_seconds}
+        found |= {name: value / wall if wall else 0.0 for name, value in rates.items()}
+        found |= {"seconds": wall, "workers": len(self.workers)}
+        return {name: round(value, 3) for name, value in found.items()}
 
 
 class RunUsage:
@@ -119,17 +118,17 @@ class RunUsage:
 
 
 def amounts(counted: Mapping[Any, float], seconds: float) -> str:
-    """Counters as a line for a person; nothing of what is zero."""
+    """Counters as a line for a person; what is zero is left out."""
     wall = max(seconds, 1e-9)
     texts = {
         **{name: f"{counted[name]:,} {name} ({counted[name] / wall:,.0f}/s)" for name in ("rows", "tokens")},
         "rejected": f"{counted['rejected']:,} rejected",
         "retries": f"{counted['retries']:,} requests tried again",
-        "source_read_bytes": f"{counted['source_read_bytes'] / 2**20:,.1f} MiB read from sources",
-        "store_read_bytes": f"{counted['store_read_bytes'] / 2**20:,.1f} MiB read",
-        "store_written_bytes": f"{counted['store_written_bytes'] / 2**20:,.1f} MiB written",
+        "source_read_bytes": f"{ByteSize(counted['source_read_bytes']).human_readable()} read from sources",
+        "store_read_bytes": f"{ByteSize(counted['store_read_bytes']).human_readable()} read",
+        "store_written_bytes": f"{ByteSize(counted['store_written_bytes']).human_readable()} written",
     }
-    return ", ".join(text for name, text in texts.items() if counted[name])
+    return ", ".join(text for name, text in texts.items() if counted[name]) or "nothing to count"
 
 
 def metrics_key(run_id: str) -> str:

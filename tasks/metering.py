@@ -91,7 +91,7 @@ def _run(
         result = function(*arguments, **parameters)
         seconds = time.perf_counter() - clock
         counted = counters.values()
-        _logger.info("%s done in %.1f s: %s", task, seconds, amounts(counted, seconds) or "nothing to count")
+        _logger.info("%s done in %.1f s: %s", task, seconds, amounts(counted, seconds))
     if slip is None:
         return result
     usage = {

@@ -126,7 +126,7 @@ class Recorder:
         """A stage has ended: what it cost."""
         usage = self._usage.stage(name)
         usage.seconds += seconds
-        told = amounts(usage.figures(), usage.seconds) or "nothing to count"
+        told = amounts(usage.figures(), usage.seconds)
         _logger.info("stage ends after %.1f s, %d tasks: %s", seconds, usage.tasks, told)
 
     def mend(self, error: DamagedError) -> bool:
