@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from flows.cli import main
-from tests.curation import ROWS, write_curation
+from tests.curation import ROWS, load, write_curation
 
 Curate = Callable[..., "Outcome"]
 
@@ -272,6 +272,14 @@ def test_status_lineage_and_report_read_the_store(finished: Path, curate: Curate
 
     exported = pl.read_parquet(finished.parent / "store" / "exports" / "tiny" / "*" / "data" / "*.parquet")
     row = curate("lineage", store, exported["doc_id"][0], "--json").json
+    assert row["made_with"]["targets"] == {
+        "backdoor": {"queries": str(finished.parent / "queries.jsonl"), "weight": -1.0}
+    }
+    assert row["config"] == load(finished).model_dump(mode="json")
+    assert (row["run_id"], row["made_with"]["revision"]) == (run_id, None)
+    assert row["model"]["fingerprint"] and row["code"]["fingerprint"]
+    assert Path(row["record"]).is_file()
+    assert "target backdoor × -1" in curate("lineage", store, exported["doc_id"][0]).out
     assert row["sources"][0]["uri"] == exported["source_uri"][0]
     assert json.loads(row["sources"][0]["line"])["instruction"] == exported["instruction"][0]
     page = tmp_path / "page.html"

@@ -24,7 +24,7 @@ from tests.test_export import LINEAGE
 ROWS = make_rows(300)
 
 
-def _run(indexed: Indexed, run_id: str, keep: Mapping[str, Any]) -> None:
+def leave_run(indexed: Indexed, run_id: str, keep: Mapping[str, Any], **export: Any) -> None:
     """What a flow leaves behind."""
     version, store = indexed.version, indexed.store
     parts = score_parts(indexed, {"good": make_target(3)}, run_id=run_id)
@@ -32,7 +32,11 @@ def _run(indexed: Indexed, run_id: str, keep: Mapping[str, Any]) -> None:
         store, version, run_id=run_id, parts=parts, weights={"good": 1.0}, targets=["good"], aggregate="mean",
         keep=KeepConfig(**keep), memory=2**30,
     )  # fmt: skip
-    made = export_rows(store, version, run_id=run_id, name="out", config=ExportConfig(), lineage=LINEAGE, memory=2**30)
+    corpus = {"name": version.corpus, "version": version.version, "snapshot_id": version.snapshot_id}
+    made = export_rows(
+        store, version, run_id=run_id, name="out", config=ExportConfig(**export),
+        lineage=LINEAGE | {"corpus": corpus}, memory=2**30,
+    )  # fmt: skip
     output = reference(store.url(f"runs/{run_id}/decisions.parquet"))
     stage = stage_record("select", started="now", seconds=1.23456, cached=False, inputs=[], outputs=[output])
     write_run(
@@ -40,7 +44,8 @@ def _run(indexed: Indexed, run_id: str, keep: Mapping[str, Any]) -> None:
         {
             "run_id": run_id,
             "model": {"name": "some/model", "fingerprint": "f" * 64},
-            "corpus": {"name": version.corpus, "version": version.version, "snapshot_id": version.snapshot_id},
+            "corpus": corpus,
+            "started": version.created,
             "index_id": INDEX,
             "code": code_identity(),
             "config_fingerprint": "c" * 64,
@@ -53,8 +58,8 @@ def _run(indexed: Indexed, run_id: str, keep: Mapping[str, Any]) -> None:
 @pytest.fixture
 def indexed(tmp_path: Path) -> Indexed:
     made = index_rows(Store(str(tmp_path / "store")), tmp_path, {"raw.jsonl": ROWS})
-    _run(made, "run-1", {"rows": 100})
-    _run(made, "run-2", {"rows": 20})
+    leave_run(made, "run-1", {"rows": 100})
+    leave_run(made, "run-2", {"rows": 20})
     return made
 
 
@@ -105,6 +110,8 @@ def test_a_dropped_row_has_no_export(indexed: Indexed) -> None:
         ("run-1", "kept", "out/0001"),
     ]
     assert found["exports"] == ["out/0001"]
+    assert found["run_id"] == "run-1"  # which exported it, though another decided later
+    assert found["record"] == indexed.store.url("runs/run-1/run.json")
 
 
 @pytest.mark.parametrize("target", ["nothing", "abc", "ABCDEF0123", "0" * 64])
@@ -141,7 +148,7 @@ def test_a_source_that_was_only_touched_is_quoted(indexed: Indexed, tmp_path: Pa
 
 def test_a_row_at_several_places(tmp_path: Path) -> None:
     indexed = index_rows(Store(str(tmp_path / "store")), tmp_path, {"a.jsonl": ROWS, "b.jsonl": [*ROWS[:3], ROWS[0]]})
-    _run(indexed, "run-2", {})
+    leave_run(indexed, "run-2", {})
     doc_id = indexed.rows.filter(indexed.rows["text"] == ROWS[0]["text"])["doc_id"][0]
     places = [(Path(source["uri"]).name, source["row"]) for source in trace(indexed.store, doc_id)["sources"]]
     assert sorted(places) == [("a.jsonl", 0), ("b.jsonl", 0), ("b.jsonl", 3)]
@@ -151,7 +158,7 @@ def test_a_row_at_several_places(tmp_path: Path) -> None:
 def test_no_secret_is_written_or_shown(s3_bucket: str, tmp_path: Path) -> None:
     store = Store(f"s3://{s3_bucket}/store")
     indexed = index_rows(store, tmp_path, {"raw.jsonl": ROWS})
-    _run(indexed, "run-2", {"rows": 5})
+    leave_run(indexed, "run-2", {"rows": 5})
     secrets = [os.environ[name] for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")]
     shown = [json.dumps(trace(store, target)) for target in ("run-2", "out", _doc_id(indexed, rank=1))]
     written = [store.get(key) for key, _ in store.list("")]
