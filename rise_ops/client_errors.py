@@ -14,6 +14,9 @@ from obstore import exceptions as obstore_errors
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError, StoreError, TransientError
 from rise_ops.spool import is_full
 
+REFUSED = "access refused"
+"""In messages about what a server does not let these credentials do."""
+
 _REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccessDenied")
 _REFUSALS_LOCAL = ("Read-only file system", "Permission denied", "Operation not permitted")
 _NO_CREDENTIALS = "169.254.169.254"  # where a client without keys asks a machine in Amazon's cloud for its role
@@ -73,7 +76,7 @@ def _refusal(where: str, *, is_local: bool) -> str:
     if is_local:
         return f"{where} cannot be accessed: permission denied or read-only; check the folder's owner and mount"
     return (
-        f"{where}: access refused; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and "
+        f"{where}: {REFUSED}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and "
         "AWS_ENDPOINT_URL, and that they may read and write this prefix"
     )
 

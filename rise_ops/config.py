@@ -33,7 +33,7 @@ Channel = Literal["rh", "gh", "rg"]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     @property
     def fingerprint(self) -> str:
@@ -41,13 +41,24 @@ class _Config(BaseModel):
         return fingerprint(self.model_dump(mode="json"))
 
 
-_WITH_SECRET = re.compile(r"^[A-Za-z0-9+.-]+://[^/]*@")
+_WITH_SECRET = re.compile(r"^[A-Za-z0-9+.-]+://[^/?#]*@")
+_SIGNED = re.compile(
+    r"(?i)://.*[?&](x-(amz|goog)-(signature|security-token)|signature|sig|(access_|auth_)?token|api_?key)="
+)
 
 
 def _without_secret(url: str) -> str:
     if _WITH_SECRET.match(url):
         raise ValueError("credentials do not belong in a URL; set the AWS_* variables instead")
+    if _SIGNED.search(url):
+        raise ValueError("a signed URL is a secret; give the object's own address, which the AWS_* variables may open")
     return url
+
+
+def _no_url(name: str) -> str:
+    if "://" in name:
+        raise ValueError("a hub name or a folder, not a URL; HF_TOKEN opens what the hub does not show to everybody")
+    return name
 
 
 Url = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
@@ -118,7 +129,7 @@ class CorpusConfig(_Config):
 class ModelConfig(_Config):
     """A Hugging Face causal language model."""
 
-    name: str = Field(min_length=1, description="Hub name or folder.")
+    name: Annotated[str, AfterValidator(_no_url)] = Field(min_length=1, description="Hub name or folder.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from rise_ops import retry
+from rise_ops.errors import ConfigError
 
 
 def obstore_options(uri: str, *, tries: int) -> dict[str, Any]:
@@ -36,6 +37,8 @@ def obstore_options(uri: str, *, tries: int) -> dict[str, Any]:
     if uri.startswith(("s3://", "s3a://")):
         endpoint = _s3_endpoint()
         options["region"] = _s3_region()
+        # one request a key: some servers judge a request for many by the rights to the whole bucket, some have none
+        options["disable_bulk_delete"] = True
         if endpoint:
             options["endpoint"] = endpoint
             client["allow_http"] = endpoint.startswith("http://")
@@ -66,7 +69,13 @@ def polars_options(uri: str) -> dict[str, Any]:
 
 
 def _s3_endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        endpoint = os.environ.get(name)
+        if endpoint and "@" in endpoint.partition("://")[2].partition("/")[0]:  # clients show it, and do not use it
+            raise ConfigError(f"{name} holds a user or password; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if endpoint:
+            return endpoint
+    return None
 
 
 def _s3_region() -> str:

@@ -31,6 +31,23 @@ def error_text(error: BaseException) -> str:
     return redacted(f"{type(error).__name__}: {error}")
 
 
+def disarm(error: BaseException) -> None:
+    """Take secrets out of the texts of an error and of those that it came from: clients quote what servers echo.
+
+    What is logged with a traceback, or kept of a failed task by Prefect, is all of them.
+    """
+    waiting, seen = [error], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        each.args = tuple(redacted(part) if isinstance(part, str) else part for part in each.args)
+        if isinstance(each, OSError) and isinstance(each.strerror, str):
+            each.strerror = redacted(each.strerror)
+        waiting += [other for other in (each.__cause__, each.__context__) if other is not None]
+
+
 def _secrets() -> Iterator[str]:
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name):

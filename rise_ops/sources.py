@@ -31,6 +31,7 @@ from rise_ops.connections import s3fs_options
 from rise_ops.counters import count
 from rise_ops.errors import ConfigError, SourceError, TransientError, is_transient
 from rise_ops.folders import MAGIC, inode_of, matching_files, open_regular, regular_status
+from rise_ops.redaction import disarm
 from rise_ops.retry import retried
 from rise_ops.spool import spool
 
@@ -226,6 +227,7 @@ def named_errors(uri: str) -> Iterator[None]:
     except (SourceError, ConfigError):
         raise
     except _client_errors(uri) as error:
+        disarm(error)
         raise _named(uri, error) from error
 
 
@@ -326,6 +328,8 @@ def _nothing(pattern: str) -> str:
             filesystem.call_s3("head_bucket", Bucket=bucket)
         except FileNotFoundError:
             return f"source {pattern}: the bucket {bucket} does not exist; check its name and AWS_ENDPOINT_URL"
+        except PermissionError:
+            pass  # who may list below a prefix may still not ask for the bucket
     if any(sign in path for sign in MAGIC):
         return f"source {pattern} matches nothing; check the path ('**' descends into folders)"
     return f"source {pattern} does not exist"

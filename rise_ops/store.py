@@ -27,7 +27,7 @@ import obstore
 from obstore import exceptions as obstore_errors
 
 from rise_ops import retry
-from rise_ops.client_errors import first_line, store_error
+from rise_ops.client_errors import REFUSED, first_line, store_error
 from rise_ops.connections import obstore_options, polars_options
 from rise_ops.counters import count
 from rise_ops.documents import document, sealed
@@ -39,6 +39,7 @@ from rise_ops.errors import (
     TransientError,
 )
 from rise_ops.keys import refuse_key
+from rise_ops.redaction import disarm
 from rise_ops.spool import is_full
 
 if TYPE_CHECKING:
@@ -288,6 +289,7 @@ class Store:
         except _scan_errors() as error:
             if is_full(error):
                 raise
+            disarm(error)
             raise store_error(error, root=self.uri, where=self.url(key)) from error
 
     def collected(self, key: str, read: Callable[[], T]) -> T:
@@ -356,7 +358,12 @@ class Store:
         for key in keys:
             refuse_key(self.uri, key)
         if not self.is_local:
-            self._asked(keys[0] if keys else "", lambda: obstore.delete(self._backend, list(keys)))
+            try:
+                self._asked(keys[0] if keys else "", lambda: obstore.delete(self._backend, list(keys)))
+            except StoreError as error:
+                if REFUSED not in str(error):
+                    raise
+                raise StoreError(f"{error}, and remove what is there (deployments/s3-policy)") from error
             return
         with named_errors(self, keys[0] if keys else ""):
             for key in keys:
@@ -371,6 +378,7 @@ def named_errors(store: Store, key: str) -> Iterator[None]:
     try:
         yield
     except (obstore_errors.BaseError, OSError) as error:
+        disarm(error)
         raise store_error(error, root=store.uri, where=store.url(key)) from error
 
 
