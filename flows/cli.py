@@ -303,7 +303,7 @@ def status(store: StoreUri, json_: AsJson = False) -> None:
 def lineage(
     store: StoreUri,
     target: Annotated[
-        str | None, typer.Argument(metavar="[TARGET]", help="A run id, an export (name[/version]) or a doc_id.")
+        str | None, typer.Argument(metavar="TARGET", help="A run id, an export (name or name/version) or a doc_id.")
     ] = None,
     source: Annotated[
         str | None, typer.Option(metavar="URI", help="A source object; one ending in / or with * means all of these.")

@@ -231,6 +231,11 @@ def test_on_the_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kind"] == "source"
 
 
+def test_its_help_can_be_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    assert "--source" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [[], ["run-1", "--source", "x"], ["--source", "/nowhere/x.jsonl"]])
 def test_wrong_use(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     assert run(monkeypatch, str(folder / "store"), *arguments) == 2
