@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -193,7 +194,8 @@ def publish_metrics(record: Json) -> None:
         before.chmod(0o644)  # the collector is another user
         before.replace(path)
     except OSError as error:
-        before.unlink(missing_ok=True)
+        with suppress(OSError):
+            before.unlink()
         raise StoreError(f"{FOLDER_VARIABLE}={folder} takes no metrics: {error.strerror}; check the folder") from error
 
 

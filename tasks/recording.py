@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -192,11 +193,11 @@ class Recorder:
             self._publish_metrics()
 
     def _publish_metrics(self) -> None:
-        try:
-            publish_metrics(self.record)
-            write_metrics(self.store, self.record)
-        except CurationError as error:  # figures are no reason to fail, nor to hide why a run did
-            _logger.warning("the run's metrics are not whole: %s", error)
+        for write in (partial(write_metrics, self.store), publish_metrics):
+            try:
+                write(self.record)
+            except CurationError as error:  # figures are no reason to fail, nor to hide why a run did
+                _logger.warning("the run's metrics are missing in one place: %s", error)
 
     def summary(self) -> Json:
         """The run as `curate run --json` prints it."""
