@@ -8,9 +8,10 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from prefect.blocks.abstract import NotificationBlock, NotificationError
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
@@ -18,7 +19,7 @@ from prefect.client.schemas.objects import FlowRun
 from flows import hooks
 from flows.curate import curate
 from flows.index_corpus import index_corpus
-from rise_ops.errors import ConfigError
+from rise_ops.errors import ConfigError, SourceError
 from tests.curation import load, write_curation
 
 pytestmark = pytest.mark.usefixtures("prefect_harness")
@@ -85,7 +86,7 @@ def test_a_failed_run_tells_what_failed_and_where_to_look(
     flow: Any, inbox: _Inbox, broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEAM_PASSWORD", "matches nothing")
-    with pytest.raises(Exception, match="matches nothing"):
+    with pytest.raises(SourceError, match="matches nothing"):
         flow(broken)
     (message,) = inbox.messages
     run = _last_run()
@@ -114,7 +115,7 @@ def test_a_run_that_ends_well_tells_nobody(inbox: _Inbox, tmp_path: Path) -> Non
 
 def test_without_a_block_nobody_is_told(inbox: _Inbox, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(hooks.BLOCK_VARIABLE)
-    with pytest.raises(Exception, match="matches nothing"):
+    with pytest.raises(SourceError, match="matches nothing"):
         index_corpus(broken)
     assert inbox.messages == []
 
@@ -134,11 +135,39 @@ def test_a_notification_that_fails_is_a_warning_and_hides_nothing(
         from prefect.blocks.system import Secret
 
         Secret(value=SECRET).save("team", overwrite=True)
-    with caplog.at_level(logging.WARNING), pytest.raises(Exception, match="matches nothing"):
+    with caplog.at_level(logging.WARNING), pytest.raises(SourceError, match="matches nothing"):
         index_corpus(broken)
     (told,) = [record for record in caplog.records if record.name == "flows.hooks"]
     assert told.levelname == "WARNING" and "could not be told" in told.getMessage()
     assert SECRET not in caplog.text
+
+
+class _Quiet(NotificationBlock):
+    """Keeps what it is told; tells of a failure only where it is asked to."""
+
+    _block_type_name = "Quiet"
+    works: bool
+    told: ClassVar[list[str]] = []
+
+    async def notify(self, body: str, subject: str | None = None) -> None:
+        """Keep it, or fail."""
+        if self.works:
+            self.told.append(body)
+        elif self._raise_on_failure:
+            raise NotificationError("not today")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_any_kind_of_block_is_told_and_asked_whether_it_worked(
+    works: bool, broken: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _Quiet(works=works).save("quiet", overwrite=True)
+    monkeypatch.setenv(hooks.BLOCK_VARIABLE, "quiet/quiet")
+    _Quiet.told.clear()
+    with pytest.raises(SourceError):
+        index_corpus(broken)
+    assert len(_Quiet.told) == works
+    assert ("could not be told (NotificationError)" in caplog.text) is not works
 
 
 def test_runs_have_names_that_say_what_and_when(tmp_path: Path) -> None:
