@@ -74,7 +74,9 @@ def test_the_reference_has_the_defaults(key: str, default: str) -> None:
 
 
 def test_the_example_is_a_configuration() -> None:
-    (example,) = blocks("yaml")
+    example, *sections = blocks("yaml")
+    for line in "".join(sections).splitlines():  # each a section that takes its place
+        parse_config({**yaml.safe_load(example), **yaml.safe_load(line)}, base=ROOT)
     config = parse_config(yaml.safe_load(example), base=ROOT)
     assert config.weights == {"quality": 1.0, "junk": -1.0}
     assert Store(config.store).uri == "s3://team-curation/prod"

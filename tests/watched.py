@@ -19,7 +19,7 @@ from rise_ops.config import CurationConfig
 from rise_ops.progress import Progress, silent
 from rise_ops.signatures import RowSignatures, Signer
 from tasks.index import open_model, sketch
-from tasks.policy import Json, stage
+from tasks.policy import GPU, Json, stage
 from tasks.value import sign_queries
 
 VARIABLE = "WATCHED"
@@ -56,21 +56,21 @@ def _watch() -> None:
     Signer.watched = True  # type: ignore[attr-defined]
 
 
-@stage("open-model")
+@stage("open-model", tags=[GPU])
 def watched_open_model(store_uri: str, config: CurationConfig) -> Json:
     """As `open_model`."""
     _watch()
     return open_model.fn(store_uri, config)
 
 
-@stage("target")
+@stage("target", tags=[GPU])
 def watched_sign_queries(store_uri: str, config: CurationConfig, index_id: str, name: str) -> Json:
     """As `sign_queries`."""
     _watch()
     return sign_queries.fn(store_uri, config, index_id, name)
 
 
-@stage("sketch")
+@stage("sketch", tags=[GPU])
 def watched_sketch(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], reuse: list[str]) -> Json:
     """As `sketch`."""
     _watch()
