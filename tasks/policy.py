@@ -74,7 +74,7 @@ def stage(
         return task(
             name=name,
             task_run_name=lambda: _run_name(name),
-            tags=[f"stage:{name}", *tags],
+            tags=tags,  # none where none is needed: for each, Prefect asks its server before the task begins
             retries=RETRIES,
             retry_delay_seconds=exponential_backoff(1),
             retry_jitter_factor=0.5,
@@ -97,5 +97,6 @@ def _run_name(name: str) -> str:
         items = parameters.get(kind)
         if items:
             first = items[0][:12] if kind == "blocks" else str(items[0]["uri"]).rsplit("/", 1)[-1][:40]
-            return f"{name}: {len(items)} {kind} from {first}"
+            several = f"{len(items)} {kind} from" if len(items) > 1 else kind.removesuffix("s")
+            return f"{name}: {several} {first}"
     return f"{name}: {parameters['name']}" if "name" in parameters else name
