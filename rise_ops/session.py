@@ -50,12 +50,12 @@ def open_signer(store: Store, config: CurationConfig) -> Signer:
     with _SIGNER_LOCK:
         memory, tasks = int(task_limits(config).memory), config.runner.workers
         plan, rest = sketch_memory(memory, dim=config.sketch.dim, tasks=tasks)
-        _logger.info("%s", plan.text)
-        return _signer(store.uri, config.model, config.sketch, rest)
+        return _signer(store.uri, config.model, config.sketch, rest, plan.text)
 
 
 @lru_cache(2)
-def _signer(uri: str, model: ModelConfig, sketch: SketchConfig, memory: int) -> Signer:
+def _signer(uri: str, model: ModelConfig, sketch: SketchConfig, memory: int, plan: str) -> Signer:
+    _logger.info("%s", plan)  # once, not for every block
     store = Store(uri)
     trunk = load_trunk(model)
     identity = index_id(trunk.fingerprint, sketch)
