@@ -30,6 +30,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import look_at_sources
 from rise_ops.errors import ConfigError, TransientError
+from rise_ops.redaction import redacted
 from rise_ops.store import Store
 from tasks.policy import Json, stage
 
@@ -83,9 +84,12 @@ def look(config: CurationConfig) -> Json:
 
 
 def bounded(found: Json) -> Json:
-    """A look with at most `SHOWN` objects of each kind, the number of all of them, and how many were left out."""
+    """A look that may be recorded: at most `SHOWN` objects of each kind, without signed parts of their URLs.
+
+    With the number of all of them, and how many were left out.
+    """
     counts = {kind: len(found[kind]) for kind in KINDS}
-    shown = {kind: found[kind][:SHOWN] for kind in KINDS}
+    shown = {kind: [redacted(uri) for uri in found[kind][:SHOWN]] for kind in KINDS}
     return {**found, **shown, "counts": counts, "left_out": sum(max(0, count - SHOWN) for count in counts.values())}
 
 

@@ -214,7 +214,8 @@ def postgresql() -> Iterator[str]:
             owner = pwd.getpwnam(user)
             os.chown(folder, owner.pw_uid, owner.pw_gid)
         data, log = str(folder / "data"), folder / "initdb.log"
-        _call([*as_user(user), str(programs / "initdb"), "-D", data, "-U", "prefect", "--auth=trust", "--no-sync"], log)
+        made = ["-D", data, "-U", "prefect", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        _call([*as_user(user), str(programs / "initdb"), *made], log)
         options = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
         daemon(stack, [str(programs / "postgres"), "-D", data, *options], folder / "postgres.log", user=user)
         own = ["-h", "127.0.0.1", "-p", str(port), "-U", "prefect"]

@@ -147,9 +147,11 @@ def test_a_waiting_run_is_found_behind_others(config: CurationConfig, monkeypatc
     assert watch.waiting_run(others[0]) is not None
 
 
-def test_events_and_records_are_bounded() -> None:
-    found: Json = {"added": [f"s3://raw/{number}" for number in range(1_000)], "changed": ["s3://raw/x"], "removed": []}
+def test_events_and_records_are_bounded_and_hold_no_signature() -> None:
+    signed = "https://files.example/x.jsonl?X-Amz-Signature=planted-9c1d"
+    found: Json = {"added": [f"s3://raw/{number}" for number in range(1_000)], "changed": [signed], "removed": []}
     shown = watch.bounded(found)
+    assert "planted" not in shown["changed"][0] and "x.jsonl" in shown["changed"][0]
     assert shown["counts"] == {"added": 1_000, "changed": 1, "removed": 0}
     assert shown["added"] == found["added"][: watch.SHOWN]
     assert shown["left_out"] == 1_000 - watch.SHOWN
