@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rise_ops.counters import Counters, count, counting
 from rise_ops.errors import CurationError, SourceError, TransientError
 from rise_ops.garbage import collect_garbage
 from rise_ops.logs import log_fields
-from rise_ops.metrics import FOLDER_VARIABLE, exposition, metrics_key, publish_metrics
+from rise_ops.metrics import FOLDER_VARIABLE, StageUsage, exposition, metrics_key, publish_metrics
 from rise_ops.retry import retried
 from rise_ops.runs import read_run
 from rise_ops.store import Store
@@ -310,3 +311,14 @@ def test_a_file_that_cannot_be_read_is_replaced(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv(FOLDER_VARIABLE, str(file))
     with pytest.raises(CurationError, match="check the folder"):
         publish_metrics(_record())
+
+
+def test_every_metric_is_described() -> None:
+    counts = dict.fromkeys(("rows", "rows_rejected", "rows_kept", "tokens"), 1)
+    record = _record(counts=counts, metrics={"index": StageUsage().figures()})
+    names = {name for name, _ in _samples(exposition(record).decode())}
+    assert len(names) > 20
+    described = (Path(__file__).parents[1] / "deployments" / "operating.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", described))
+    short = {name: re.sub("curate_(corpus|stage)", "", name) for name in names}
+    assert {name for name in names if told.isdisjoint((name, short[name]))} == set()
