@@ -23,7 +23,6 @@ import yaml
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.workers.process import ProcessWorker
 
 from rise_ops import __version__
 from tests.conftest import prefect_child_environment
@@ -38,7 +37,6 @@ POOLS = ROOT / "deployments" / "work-pools"
 IMAGES = ("Dockerfile", "Dockerfile.cuda")
 USER = "10001:10001"
 WORKERS: dict[str, Any] = {
-    "process": ProcessWorker,
     "docker": DockerWorker,
     "docker-gpu": DockerWorker,
     "kubernetes": KubernetesWorker,
@@ -254,12 +252,12 @@ def test_secrets_stay_references_until_a_worker_starts_a_job(name: str) -> None:
 @pytest.mark.usefixtures("secrets_on_server")
 def test_a_reference_in_prefect_yaml_would_be_stored_in_clear(tmp_path: Path) -> None:
     """What the runbook warns of; if Prefect stops doing it, the warning can go."""
-    stored("process")
+    stored("docker")
     (tmp_path / "flow.py").write_text(
         "from prefect import flow\n\n@flow\ndef look():\n    return 1\n", encoding="utf-8"
     )
     environment = {"KEY": "{{ prefect.blocks.secret.curation-s3-secret-key }}"}
-    pool = {"name": "curation-process", "job_variables": {"env": environment}}
+    pool = {"name": "curation-docker", "job_variables": {"env": environment}}
     deployment = {"name": "leaky", "entrypoint": "flow.py:look", "work_pool": pool}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"pull": [], "deployments": [deployment]}), encoding="utf-8")
     subprocess.run(
@@ -291,7 +289,6 @@ def test_a_container_has_what_it_needs_and_no_more(name: str) -> None:
     assert host["RestartPolicy"] == {"Name": "no"}
     assert host["Binds"] == ["/home/curation", "/tmp"]
     assert made["environment"]["AWS_ENDPOINT_URL"] == "http://s3:8333"
-    assert made["environment"]["PREFECT_LOGGING_EXTRA_LOGGERS"] == "rise_ops,tasks,flows"
     devices = [(each["DeviceIDs"], each["Count"], each["Capabilities"]) for each in host.get("DeviceRequests", [])]
     assert devices == ([(["3"], 0, [["gpu"]])] if name == "docker-gpu" else [])
 
@@ -333,7 +330,6 @@ def test_a_job_of_kubernetes_has_what_it_needs_and_no_more(name: str) -> None:
     assert {"name": "scratch", "emptyDir": {"sizeLimit": "7Gi"}} in pod["volumes"]
     environment = {each["name"]: each["value"] for each in container["env"]}
     assert (environment["HF_HUB_OFFLINE"], environment["AWS_EC2_METADATA_DISABLED"]) == ("1", "true")
-    assert environment["PREFECT_LOGGING_EXTRA_LOGGERS"] == "rise_ops,tasks,flows"
     assert container["envFrom"] == [{"secretRef": {"name": "curation-s3"}}]
     assert not {name for name in environment if name.startswith("AWS_") and name != "AWS_EC2_METADATA_DISABLED"}
     assert "{{" not in json.dumps(manifest)
