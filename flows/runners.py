@@ -62,6 +62,12 @@ def _window(runner: RunnerConfig) -> int:
     return runner.workers * (1 if runner.address else _QUEUED)
 
 
+def _cores(runner: RunnerConfig) -> dict[str, str]:
+    """Variables that give each worker on this machine its part of the cores; both schedulers would give it one."""
+    cores = str(max(1, len(os.sched_getaffinity(0)) // runner.workers))
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), cores)
+
+
 def _place(runner: RunnerConfig) -> str:
     return "made for the run" if runner.address is None else f"at {runner.address}"
 
@@ -105,14 +111,14 @@ def _dask_cluster(runner: RunnerConfig) -> dict[str, Any]:
     """Arguments of a SpecCluster: like LocalCluster, with GPUs of its own for each worker."""
     import distributed
 
-    devices = _devices(runner)
+    devices, threads = _devices(runner), _cores(runner)
     options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "host": "127.0.0.1"}
     if devices:
         options["resources"] = {"GPU": runner.gpus}
     workers = {
         number: {
             "cls": distributed.Nanny,
-            "options": {**options, "env": {"CUDA_VISIBLE_DEVICES": devices[number]} if devices else {}},
+            "options": {**options, "env": threads | ({"CUDA_VISIBLE_DEVICES": devices[number]} if devices else {})},
         }
         for number in range(runner.workers)
     }
@@ -141,9 +147,10 @@ def _ray(runner: RunnerConfig) -> Dispatcher:
     else:
         devices = _devices(runner)
         own = {"num_cpus": runner.workers, "num_gpus": len(devices) * runner.gpus}
+        init["runtime_env"] = {"env_vars": _cores(runner)}
         init |= own | {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     started = RayTaskRunner(address=runner.address, init_kwargs=init)
-    lost = (ray.exceptions.RayError, ConnectionError)
+    lost = (ray.exceptions.RayError,)
     return Dispatcher(started, _window(runner), on_gpu, lost, _place(runner), connect)
 
 

@@ -77,7 +77,12 @@ class Dispatcher:
                 futures[position].add_done_callback(lambda _, position=position: ready.put(position))  # type: ignore[misc]
             position = ready.get()
             future = futures.pop(position)
-            results[position] = self._result(what, future)
+            try:
+                results[position] = self._result(what, future)
+            except Exception:
+                for other in futures.values():  # whoever mends or collects now must not meet what they still write
+                    other.wait()
+                raise
             done(position, str(future.task_run_id))
         return [results[position] for position in range(len(calls))]
 

@@ -19,6 +19,7 @@ from rise_ops.store import Store
 from tasks.assets import asset_of, materialised
 from tasks.policy import S3, Call, Json, stage
 from tasks.progress import stage_progress
+from tasks.telling import telling
 
 _logger = logging.getLogger(__name__)
 
@@ -128,6 +129,9 @@ def publish_corpus(
     diff = _compared(store, previous, published, memory=int(limits.memory))
     if published.run_id == run_id and published.version != parent:
         _tell(store, published)
+    columns: Json = {}
+    with telling("columns of the sources"):
+        columns = source_columns(store, objects)
     return {
         "diff": diff.to_json() if diff else None,
         "rows_new": diff.rows_new if diff else None,
@@ -137,6 +141,6 @@ def publish_corpus(
         "rejected": published.rejected,
         "sources": len(published.sources),
         "fields": dict(published.fields),
-        "columns": source_columns(store, objects),
+        "columns": columns,
         "outputs": [f"corpora/{corpus.name}/versions/{published.version:012d}.json"],
     }

@@ -19,6 +19,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext, TaskRunContext
 
 from rise_ops.progress import Progress, silent
+from tasks.telling import telling
 
 Listener = Callable[[str, int, int | None], None]
 
@@ -60,8 +61,9 @@ class Tracker:
         self._artifact: UUID | None = None
         if self._total and FlowRunContext.get() is not None:
             text = f"{stage}: {self._total:,} {'rows' if rows else 'bytes'}"
-            artifact = create_progress_artifact(progress=0.0, key=f"progress-{stage}", description=text)
-            self._artifact = cast(UUID, artifact)
+            with telling(f"progress of {stage}"):
+                artifact = create_progress_artifact(progress=0.0, key=f"progress-{stage}", description=text)
+                self._artifact = cast(UUID, artifact)
 
     def __enter__(self) -> Tracker:
         self._token: Token[Tracker | None] = _tracker.set(self)
@@ -74,7 +76,8 @@ class Tracker:
         """A task of this process has done so many rows so far."""
         with self._lock:
             self._seen[call] = rows
-            self._tell()
+            part = self._heard()
+        self._show(part)
 
     def finish(self, position: int, call: str) -> None:
         """A call is done, wherever it ran."""
@@ -82,16 +85,24 @@ class Tracker:
             self._finished[call] = self._sizes[position]
             if self._rows:
                 self._seen[call] = self._sizes[position]
-            self._tell(last=len(self._finished) == len(self._sizes))
+            part = self._heard(last=len(self._finished) == len(self._sizes))
+        self._show(part)
 
-    def _tell(self, *, last: bool = False) -> None:
+    def _heard(self, *, last: bool = False) -> int | None:
+        """Tell the listener; what the artifact should show now, or None where it was shown a moment ago."""
         done = sum(self._seen.values())
         if self._listener is not None:
             self._listener(self._stage, done, self._total if self._rows else None)
-        if self._artifact is not None and (last or time.monotonic() - self._shown >= _PERIOD):
-            self._shown = time.monotonic()
-            part = done if self._rows else sum(self._finished.values())
-            update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * part / self._total))
+        if not last and time.monotonic() - self._shown < _PERIOD:
+            return None
+        self._shown = time.monotonic()
+        return done if self._rows else sum(self._finished.values())
+
+    def _show(self, part: int | None) -> None:
+        """Move the artifact. Not under the lock: a slow server would hold up all tasks."""
+        if self._artifact is not None and part is not None:
+            with telling(f"progress of {self._stage}"):
+                update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * part / self._total))
 
 
 _tracker: ContextVar[Tracker | None] = ContextVar("tracker", default=None)

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +32,7 @@ from rise_ops.selection import decisions_key
 from rise_ops.store import Store
 from tasks.metering import gathering
 from tasks.run_logs import arrange_logs
+from tasks.telling import telling
 
 Json = dict[str, Any]
 
@@ -121,7 +121,8 @@ class Recorder:
                 outputs=stage.outputs,
             )
             self.record["stages"].append(done)
-            complete(done, stage.columns)
+            with telling("lineage events"):
+                complete(done, stage.columns)
 
     def _account(self, name: str, seconds: float) -> None:
         """A stage has ended: what it cost."""
@@ -159,8 +160,13 @@ class Recorder:
             stack.enter_context(log_fields(run_id=self.run_id))
             stack.enter_context(gathering(self._usage.add))
             _logger.info("run %s of flow %s begins", self.run_id, self.record["name"])
-            stack.enter_context(alive(self.store, self.run_id))
-            wait_for_collectors(self.store, self.run_id)
+            try:
+                stack.enter_context(alive(self.store, self.run_id))
+                wait_for_collectors(self.store, self.run_id)
+            except CurationError as error:  # there is nothing yet that a record could tell of, or no store for it
+                self._end(error)
+                self._tell_metrics()
+                raise
             stack.enter_context(self._events)
             self._alive = stack.pop_all()
         return self
@@ -173,31 +179,48 @@ class Recorder:
         if isinstance(error, DamagedError):
             with suppress(CurationError):
                 self._note(error)
+        self._end(error)
+        try:
+            self._conclude(error)
+        except BaseException as late:
+            self._end(late)
+            self._tell(late)
+            raise
+        self._tell(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """How the run ended, into its record and its log."""
         if error is not None:
             self.record |= {"status": "failed", "error": error_text(error)}
         self.record |= {"finished": now(), "seconds": round(time.perf_counter() - self._clock, 3)}
         self.record["metrics"] = self._usage.figures()
         how = "completed" if error is None else f"failed: {error_text(error).partition(chr(10))[0]}"
         _logger.info("run %s ends after %.1f s, %s", self.run_id, self.record["seconds"], how)
+
+    def _conclude(self, error: BaseException | None) -> None:
+        """The record and the report, without which a run is none."""
         if error is None:
             settle(self.store)
-            self._events.finish(None)
             write_run(self.store, self.record)
-            self._publish_metrics()
             self.report = write_report(self.store, self.run_id)
-            self._publish_artifacts()
         else:
             with suppress(CurationError):  # a store that refuses would hide the error behind its own
-                self._events.finish(error)
                 write_run(self.store, self.record)
-            self._publish_metrics()
 
-    def _publish_metrics(self) -> None:
-        for write in (partial(write_metrics, self.store), publish_metrics):
-            try:
-                write(self.record)
-            except CurationError as error:  # figures are no reason to fail, nor to hide why a run did
-                _logger.warning("the run's metrics are missing in one place: %s", error)
+    def _tell(self, error: BaseException | None) -> None:
+        """What others want to know of the run."""
+        with telling("lineage events"):
+            self._events.finish(error)
+        with telling("metrics in the store"):
+            write_metrics(self.store, self.record)
+        self._tell_metrics()
+        if error is None:
+            with telling("artifacts"):
+                self._publish_artifacts()
+
+    def _tell_metrics(self) -> None:
+        with telling("metrics in the collector's folder"):
+            publish_metrics(self.record)
 
     def summary(self) -> Json:
         """The run as `curate run --json` prints it."""
