@@ -10,20 +10,40 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from urllib.parse import quote
 
-_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|ACCESS_KEY|API_?KEY|AUTH", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-_SIGNED = re.compile(r"(?i)\b((?:x-amz-[a-z-]+|signature|sig|awsaccesskeyid|access_token|token|api_?key)=)[^&\s'\"]+")
+_SECRET_NAME = re.compile(
+    r"(?i)SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|ACCESS_KEY|API_?KEY|AUTH(?!OR(?!I[SZ]))"
+)
+_NO_SECRET = re.compile(r"(?i)_(?:TYPE|FILE|MODE|SOCK|METHOD)$")
+"""Names of variables that say how a secret is used or where it is."""
+_WORD = re.compile(r"[^\s'\"]+")
+_USER_AND_PASSWORD = re.compile(r"[^/:]*:(?!\d{1,5}(?:[/?#]|$))")
+"""What a URL begins with whose authority has a colon that no port follows."""
+_SIGNED = re.compile(
+    r"(?i)\b(?:x-amz-[a-z-]{1,40}|signature|sig|awsaccesskeyid|access_token|token|api_?key)=([^&\s'\"]+)"
+)
 _MIN_CHARACTERS = 6
 """A shorter value is not taken for a secret: it would be found in words that say nothing of it."""
 _HIDDEN = "***"
 
 
 def redacted(text: str) -> str:
-    """`text` without secrets: values of variables whose names say so, users in URLs, signed parts of queries."""
-    for value in sorted(set(_secrets()), key=len, reverse=True):
-        text = text.replace(value, _HIDDEN)
-    return _SIGNED.sub(rf"\1{_HIDDEN}", _USER_INFO.sub(_HIDDEN, text))
+    """`text` without secrets: values of variables whose names say so, users in URLs, signed parts of queries.
+
+    Takes time in proportion to the text. What to hide is looked for in the text as it came, so that hiding one secret
+    does not hide from us where another one is.
+    """
+    spans = [found.span(1) for found in _SIGNED.finditer(text)]
+    spans += _user_infos(text)
+    for value in set(_secrets()):
+        spans += [found.span() for found in re.finditer(re.escape(value), text)]
+    kept, end = [], 0
+    for first, last in sorted(spans):
+        if first >= end:
+            kept += [text[end:first], _HIDDEN]
+        end = max(end, last)
+    return "".join([*kept, text[end:]])
 
 
 def error_text(error: BaseException) -> str:
@@ -48,10 +68,37 @@ def disarm(error: BaseException) -> None:
         waiting += [other for other in (each.__cause__, each.__context__) if other is not None]
 
 
+def _user_infos(text: str) -> Iterator[tuple[int, int]]:
+    """Where users and passwords are in URLs.
+
+    They end at the last @ of the authority; where there is a password, which may hold a slash, at the last @ of all.
+    """
+    for word in _WORD.finditer(text):
+        last = text.rfind("@", *word.span())
+        start = text.find("://", word.start(), max(last, 0))
+        while start >= 0:
+            start += len("://")
+            if _USER_AND_PASSWORD.match(text, start, word.end()):
+                yield start, last
+                break
+            slash = text.find("/", start, last)
+            at = text.rfind("@", start, last + 1 if slash < 0 else slash)
+            if at > start:
+                yield start, at
+            start = text.find("://", start, last)
+
+
 def _secrets() -> Iterator[str]:
+    """Values that are secret, also as URLs hold them."""
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name):
-            yield from (found for found in _parts(value) if len(found) >= _MIN_CHARACTERS)
+        if _is_secret(name):
+            for found in _parts(value):
+                if len(found) >= _MIN_CHARACTERS:
+                    yield from (found, quote(found), quote(found, safe=""))
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET_NAME.search(name) is not None and _NO_SECRET.search(name) is None
 
 
 def _parts(value: str) -> Iterator[str]:
@@ -63,4 +110,4 @@ def _parts(value: str) -> Iterator[str]:
     if not isinstance(document, dict):
         yield value
         return
-    yield from (item for name, item in document.items() if isinstance(item, str) and _SECRET_NAME.search(name))
+    yield from (item for name, item in document.items() if isinstance(item, str) and _is_secret(name))

@@ -17,6 +17,7 @@ from rise_ops.redaction import error_text, redacted
         ("OPENLINEAGE_API_KEY", "ol-0123456789"),
         ("HF_TOKEN", "hf_abcdefghijkl"),
         ("PREFECT_API_AUTH_STRING", "admin:hunter22"),
+        ("PROXY_AUTHORIZATION", "Basic YWRtaW4="),
     ],
 )
 def test_values_of_secret_variables_are_hidden(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -42,11 +43,76 @@ def test_a_short_value_and_other_variables_are_left(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GIT_AUTHOR_NAME", "sketch"),
+        ("SSH_AUTH_SOCK", "/tmp/agent.7"),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/run/identity"),
+        ("OPENLINEAGE__TRANSPORT__AUTH__TYPE", "api_key"),
+        ("AWS_AUTH_MODE", "signed"),
+        ("PREFECT_AUTH_METHOD", "string"),
+    ],
+)
+def test_what_is_only_about_a_secret_is_left(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    assert redacted(f"the {value} here") == f"the {value} here"
+
+
+def test_hiding_one_secret_uncovers_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE_TOKEN", "api_key")
+    monkeypatch.setenv("TWO_TOKEN", "abc&defgh")
+    assert redacted("?api_key=planted") == "?***=***"
+    assert redacted("?token=abc&defgh&x=1") == "?token=***&x=1"
+
+
+def test_secrets_are_found_in_the_form_that_urls_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalr/XUt+nF=")
+    assert redacted("?k=wJalr%2FXUt%2BnF%3D, wJalr/XUt%2BnF%3D, wJalr/XUt+nF=.") == "?k=***, ***, ***."
+
+
+@pytest.mark.timeout(20)  # in linear time they take a fraction of a second
+@pytest.mark.parametrize(
+    "part",
+    [
+        "x-amz-",
+        "://",
+        "://a",
+        "://a:",
+        "a://b@",
+        "a@",
+        "://@/",
+        "token=",
+        "?sig=&",
+        "://u:p@/",
+        "-",
+        "@",
+        "a",
+        "'://",
+        ":1",
+    ],
+)
+def test_a_hostile_text_takes_no_time(part: str) -> None:
+    text = part * (200_000 // len(part))
+    assert len(redacted(text)) <= 2 * len(text)
+    assert len(redacted("s3://" + text)) <= 2 * len(text)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("GET https://me:pass@host/a", "GET https://***@host/a"),
         ("https://h/a?X-Amz-Signature=abc&x=1", "https://h/a?X-Amz-Signature=***&x=1"),
         ("https://h/a?X-Amz-Credential=a/b&sig=zz", "https://h/a?X-Amz-Credential=***&sig=***"),
+        ("postgresql://u:p@ss@host/db", "postgresql://***@host/db"),
+        ("s3://u:pa/ss@host/db", "s3://***@host/db"),
+        ("https://me@mail.org:pa/ss@host", "https://***@host"),
+        ("redis://:p?ss@host:6379/0", "redis://***@host:6379/0"),
+        ("https://u:12345@host", "https://***@host"),
+        ("https://me@host/a@b", "https://***@host/a@b"),
+        ("s3://raw/a,https://u:pass@host/b", "s3://raw/a,https://***@host/b"),
+        ("'https://u:p@host/a' of 'x@y'", "'https://***@host/a' of 'x@y'"),
+        ("http://127.0.0.1:9000/a@b/c", "http://127.0.0.1:9000/a@b/c"),
+        ("https://host/a, me@mail.org", "https://host/a, me@mail.org"),
         ("s3://bucket/a@b/c has 3 rows", "s3://bucket/a@b/c has 3 rows"),
         ("token count = 5, tokens=7", "token count = 5, tokens=7"),
     ],
