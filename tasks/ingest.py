@@ -98,6 +98,13 @@ def _tell(store: Store, published: CorpusVersion) -> None:
     materialised(asset_of(store, f"corpora/{published.corpus}", name=f"corpus {published.corpus}"), about)
 
 
+def _columns(store: Store, objects: list[Json]) -> Json:
+    """Columns of the sources, for lineage events only."""
+    with telling("columns of the sources"):
+        return source_columns(store, objects)
+    return {}
+
+
 @stage("publish")
 def publish_corpus(
     store_uri: str,
@@ -129,9 +136,6 @@ def publish_corpus(
     diff = _compared(store, previous, published, memory=int(limits.memory))
     if published.run_id == run_id and published.version != parent:
         _tell(store, published)
-    columns: Json = {}
-    with telling("columns of the sources"):
-        columns = source_columns(store, objects)
     return {
         "diff": diff.to_json() if diff else None,
         "rows_new": diff.rows_new if diff else None,
@@ -141,6 +145,6 @@ def publish_corpus(
         "rejected": published.rejected,
         "sources": len(published.sources),
         "fields": dict(published.fields),
-        "columns": columns,
+        "columns": _columns(store, objects),
         "outputs": [f"corpora/{corpus.name}/versions/{published.version:012d}.json"],
     }
