@@ -100,9 +100,10 @@ def _tell(store: Store, published: CorpusVersion) -> None:
 
 def _columns(store: Store, objects: list[Json]) -> Json:
     """Columns of the sources, for lineage events only."""
+    columns: Json = {}
     with telling("columns of the sources"):
-        return source_columns(store, objects)
-    return {}
+        columns = source_columns(store, objects)
+    return columns
 
 
 @stage("publish")
