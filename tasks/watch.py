@@ -2,9 +2,10 @@
 
 A look knows nothing of the looks before it: whatever differs from the corpus' current version is announced again
 until a run has published it, so an event that was lost is made good by the next look. It is not announced while a
-run of the corpus waits to start, because that run will list the sources by itself; so at most one run waits,
+run of the corpus waits to start, because that run will list the sources by itself; so at most one re-indexing waits,
 however often and however much the sources change. A run that works already may have listed them before the change
-and holds nothing back.
+and holds nothing back. Neither does a curation that no worker has taken for ten minutes: it may wait for a pool that
+nobody serves. A re-indexing that waits as long still does, or one more would wait after every look.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
@@ -25,7 +27,6 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
-from prefect.exceptions import PrefectHTTPStatusError
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import look_at_sources
@@ -39,11 +40,14 @@ KINDS = ("added", "changed", "removed")
 SHOWN = 100
 """Objects of a kind that an event or a record names; the server takes events of up to 1.5 MB."""
 
-_LISTING = ("index_corpus", "curate")
+_REINDEX = "index_corpus"
+_LISTING = (_REINDEX, "curate")
 """Flows that list the sources when they start."""
 _SOON = timedelta(minutes=1)
 _STUCK = timedelta(minutes=10)
-"""A run that a worker took this long ago and that has not begun is not waited for."""
+"""A run that a worker took this long ago and that has not begun is not waited for, nor a curation that none took."""
+_IN_LINE = "AwaitingConcurrencySlot"
+"""State of a run that waits for another one and starts after it, however long that takes."""
 _PAGE = 200
 
 
@@ -104,7 +108,7 @@ def announce(config: CurationConfig, found: Json) -> Json:
     Raises
     ------
     TransientError
-        The server does not answer, so the event would be lost without an error.
+        The server does not answer, or answers that it cannot, so the event would be lost without an error.
     ConfigError
         The server refuses.
     """
@@ -128,36 +132,45 @@ def waiting_run(config: CurationConfig) -> str | None:
     TransientError, ConfigError
     """
     mine = _identity(config.model_dump(include={"store": True, "corpus": {"name"}}))
-    for run in _about_to_start():
-        if _identity(run.parameters.get("config")) == mine and not _is_stuck(run):
+    for flow, run in _about_to_start():
+        if _identity(run.parameters.get("config")) == mine and not _is_stuck(flow, run):
             return run.name
     return None
 
 
-def _about_to_start() -> Iterator[FlowRun]:
-    """Runs that have not begun and are due: not those of a schedule's days to come, not those that begin again."""
+def _about_to_start() -> Iterator[tuple[str, FlowRun]]:
+    """Runs that have not begun and are due: not those of a schedule's days to come, not those that begin again.
+
+    Each with the name of its flow.
+    """
     due = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])),
         expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) + _SOON),
     )
-    flows = FlowFilter(name=FlowFilterName(any_=list(_LISTING)))
     with get_client(sync_client=True) as client:
         problem = client.api_healthcheck()
         if problem is not None:
-            raise TransientError(
-                f"the Prefect server does not answer ({type(problem).__name__}), so nobody was told of the change; "
-                "check PREFECT_API_URL. The next look tells it again"
-            ) from problem
+            raise _unheard(problem) from problem
         try:
-            offset = 0
-            while page := client.read_flow_runs(flow_filter=flows, flow_run_filter=due, limit=_PAGE, offset=offset):
-                yield from (run for run in page if run.run_count == 0)
-                offset += len(page)
-        except PrefectHTTPStatusError as error:
+            for flow in _LISTING:
+                named, offset = FlowFilter(name=FlowFilterName(any_=[flow])), 0
+                while page := client.read_flow_runs(flow_filter=named, flow_run_filter=due, limit=_PAGE, offset=offset):
+                    yield from ((flow, run) for run in page if run.run_count == 0)
+                    offset += len(page)
+        except httpx.HTTPError as error:
+            status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+            if status is None or status >= 500:
+                raise _unheard(error) from error
             raise ConfigError(
-                f"the Prefect server refuses to list runs (status {error.response.status_code}); check the "
-                "PREFECT_API_* variables"
+                f"the Prefect server refuses to list runs (status {status}); check the PREFECT_API_* variables"
             ) from error
+
+
+def _unheard(problem: Exception) -> TransientError:
+    return TransientError(
+        f"the Prefect server does not answer ({type(problem).__name__}), so nobody was told of the change; "
+        "check PREFECT_API_URL. The next look tells it again"
+    )
 
 
 def _identity(config: Any) -> tuple[str, str] | None:
@@ -168,6 +181,12 @@ def _identity(config: Any) -> tuple[str, str] | None:
         return None
 
 
-def _is_stuck(run: FlowRun) -> bool:
-    state = run.state
-    return state is not None and state.is_pending() and datetime.now(UTC) - state.timestamp > _STUCK
+def _is_stuck(flow: str, run: FlowRun) -> bool:
+    state, now = run.state, datetime.now(UTC)
+    if state is None:
+        return False
+    if state.is_pending():
+        return now - state.timestamp > _STUCK
+    due = run.expected_start_time
+    is_late = state.name != _IN_LINE and due is not None and now - due > _STUCK
+    return is_late and flow != _REINDEX

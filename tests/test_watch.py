@@ -8,12 +8,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect import Flow
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import AwaitingRetry, Pending, Running, Scheduled
+from prefect.states import AwaitingConcurrencySlot, AwaitingRetry, Late, Pending, Running, Scheduled
 
 from flows.attribute import attribute
 from flows.cli import main
@@ -21,7 +23,7 @@ from flows.curate import curate
 from flows.index_corpus import index_corpus
 from flows.watch_corpus import watch_corpus
 from rise_ops.config import CurationConfig
-from rise_ops.errors import TransientError
+from rise_ops.errors import ConfigError, TransientError
 from tasks import watch
 from tests.curation import load, write_curation
 
@@ -87,7 +89,11 @@ def in_(seconds: float) -> datetime:
         pytest.param(lambda c: make_run(index_corpus, c, Scheduled()), id="due"),
         pytest.param(lambda c: make_run(index_corpus, c, Scheduled(scheduled_time=in_(15))), id="of-a-trigger"),
         pytest.param(lambda c: make_run(index_corpus, c, Scheduled(), Pending()), id="taken-by-a-worker"),
-        pytest.param(lambda c: make_run(curate, c, Scheduled(scheduled_time=in_(-600))), id="late-curation"),
+        pytest.param(lambda c: make_run(curate, c, Scheduled(scheduled_time=in_(-60))), id="late-curation"),
+        pytest.param(
+            lambda c: make_run(curate, c, AwaitingConcurrencySlot(scheduled_time=in_(-3_600))), id="in-line-curation"
+        ),
+        pytest.param(lambda c: make_run(index_corpus, c, Late(scheduled_time=in_(-3_600))), id="late-reindex"),
         pytest.param(
             lambda c: make_run(index_corpus, c.model_copy(update={"store": f"{c.store}/"}), Scheduled()), id="slash"
         ),
@@ -107,6 +113,7 @@ def test_a_run_that_waits_holds_the_event_back(config: CurationConfig, sent: lis
         pytest.param(lambda c: make_run(index_corpus, c, Pending(), Running()), id="at-work"),
         pytest.param(lambda c: make_run(index_corpus, c, Running(), AwaitingRetry()), id="begins-again"),
         pytest.param(lambda c: make_run(attribute, c, Scheduled()), id="lists-nothing"),
+        pytest.param(lambda c: make_run(curate, c, Late(scheduled_time=in_(-3_600))), id="nobody-takes-it"),
         pytest.param(
             lambda c: make_run(index_corpus, c.model_copy(update={"store": f"{c.store}-2"}), Scheduled()),
             id="other-store",
@@ -155,6 +162,33 @@ def test_events_and_records_are_bounded_and_hold_no_signature() -> None:
     assert shown["counts"] == {"added": 1_000, "changed": 1, "removed": 0}
     assert shown["added"] == found["added"][: watch.SHOWN]
     assert shown["left_out"] == 1_000 - watch.SHOWN
+
+
+def _answer(status: int) -> Exception:
+    response = httpx.Response(status, request=httpx.Request("POST", "http://server/api/flow_runs/filter"))
+    return PrefectHTTPStatusError("answered", request=response.request, response=response)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "text"),
+    [
+        (httpx.ReadTimeout("slow"), TransientError, "does not answer .ReadTimeout"),
+        (httpx.RemoteProtocolError("cut"), TransientError, "does not answer"),
+        (_answer(500), TransientError, "does not answer"),
+        (_answer(503), TransientError, "does not answer"),
+        (_answer(401), ConfigError, "refuses .* .status 401"),
+    ],
+    ids=["timeout", "cut", "500", "503", "401"],
+)
+def test_a_server_that_fails_while_it_lists_runs_is_named(
+    fault: Exception, kind: type[Exception], text: str, config: CurationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(SyncPrefectClient, "read_flow_runs", fail)
+    with pytest.raises(kind, match=text):
+        watch.waiting_run(config)
 
 
 def test_a_server_that_does_not_answer_is_no_silence(
