@@ -127,13 +127,15 @@ def test_a_late_run_is_told(running: PrefectServer, messages: tuple[str, list[Js
 def test_a_run_without_a_sign_of_life_becomes_crashed_and_stays_so(
     running: PrefectServer, messages: tuple[str, list[Json]]
 ) -> None:
+    other = _run(running, "Running", "other-dead", flow="not-ours")
+    _emit(running, "prefect.flow-run.heartbeat", f"prefect.flow-run.{other}", flow="not-ours")
     dead, ended = _run(running, "Running", "support-dead"), _run(running, "Running", "support-ended")
     for run in (dead, ended):
         _emit(running, "prefect.flow-run.heartbeat", f"prefect.flow-run.{run}")
     _set(running, ended, "Completed")
     _told(messages[1], "support-dead: Crashed")
-    states = {run: running.api("GET", f"/flow_runs/{run}")["state_name"] for run in (dead, ended)}
-    assert states == {dead: "Crashed", ended: "Completed"}
+    states = {run: running.api("GET", f"/flow_runs/{run}")["state_name"] for run in (dead, ended, other)}
+    assert states == {dead: "Crashed", ended: "Completed", other: "Running"}
 
 
 @pytest.mark.slow
@@ -143,11 +145,18 @@ def test_a_pool_without_workers_is_told(running: PrefectServer, messages: tuple[
     assert _told(messages[1], "Work pool curation-process has no worker")
 
 
-def _emit(found: PrefectServer, event: str, resource: str, *, name: str = "") -> None:
+def _emit(found: PrefectServer, event: str, resource: str, *, name: str = "", flow: str = "curate") -> None:
     body = {
         "id": str(uuid.uuid4()),
         "occurred": datetime.now(UTC).isoformat(),
         "event": event,
         "resource": {"prefect.resource.id": resource, "prefect.resource.name": name},
+        "related": [
+            {
+                "prefect.resource.id": f"prefect.flow.{uuid.uuid4()}",
+                "prefect.resource.role": "flow",
+                "prefect.resource.name": flow,
+            }
+        ],
     }
     found.api("POST", "/events", [body])

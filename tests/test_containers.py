@@ -148,7 +148,8 @@ def test_files_and_variables_of_the_compose_file_exist(compose: Mapping[str, Any
     assert set(re.findall(r"\$\{([A-Z_0-9]+)", text.replace("$$", ""))) == known
     build = compose["services"]["server"]["build"]
     assert (DOCKER / build["context"]).resolve() == ROOT
-    assert (ROOT / build["dockerfile"]).is_file()
+    for name in IMAGES:
+        assert (ROOT / build["dockerfile"].replace("${DOCKERFILE:-Dockerfile}", name)).is_file()
     assert set(build["args"]) == {rest.partition("=")[0] for word, rest in instructions("Dockerfile") if word == "ARG"}
     for service in compose["services"].values():
         for volume in service.get("volumes", ()):
