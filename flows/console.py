@@ -298,6 +298,8 @@ def show_source(found: Json) -> None:
         _show_exported(export)
     if not found["exports"]:
         _OUT.print("  in no export")
+    for held in found["quarantines"]:
+        _OUT.print(f"  {plain(held['key'])} holds {held['rows']:,} rejected rows as they were read")
     for name in found["attributions"]:
         _OUT.print(f"  quoted in attributions/{plain(name)}")
     for item in found["unreadable"]:

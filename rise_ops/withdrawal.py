@@ -27,9 +27,10 @@ from rise_ops.blocks import read_doc_ids
 from rise_ops.config import resolve_path
 from rise_ops.corpus import SourceEntry, read_version, version_key, version_numbers
 from rise_ops.errors import ConfigError, IntegrityError, MissingObjectError
-from rise_ops.export import list_exports
+from rise_ops.export import manifest_key, read_manifest
 from rise_ops.folders import MAGIC
 from rise_ops.objects import read_rows_doc_ids
+from rise_ops.quarantine import quarantine_key
 from rise_ops.runs import read_run
 from rise_ops.selection import decisions_key
 from rise_ops.shapes import AttributionShape
@@ -44,6 +45,10 @@ LISTED = 10_000
 _SLICE_ROWS = 65_536
 _PART_ROWS = 500_000
 """doc_ids of the object that are held at a time."""
+_UNSEARCHED = (
+    "rows that a run read and then failed before it published are not searched in blocks/ and objects/; "
+    "`curate gc` removes them"
+)
 _COLUMNS = ("doc_id", "source_uri", "source_row")
 
 
@@ -90,7 +95,7 @@ def trace_source(store: Store, uri: str) -> Json:
     Returns
     -------
     dict
-        {kind, store, source, corpora, runs, exports, attributions, unreadable, next}
+        {kind, store, source, corpora, runs, quarantines, exports, attributions, unreadable, next}
 
     Raises
     ------
@@ -100,16 +105,18 @@ def trace_source(store: Store, uri: str) -> Json:
     search = _Search(store, _absolute(uri))
     corpora = [each for name in store.children("corpora") if (each := _corpus(search, name))["objects"]]
     runs = [run for run_id in reversed(store.children("runs")) if (run := _run(search, run_id)) is not None]
-    exports = [made for manifest in list_exports(store) if (made := _export(search, manifest)) is not None]
+    quarantines = [each for run_id in store.children("quarantine") if (each := _quarantine(search, run_id))["rows"]]
+    exports = [made for manifest in _manifests(search) if (made := _export(search, manifest)) is not None]
     attributions = [name for name in store.children("attributions") if _is_cited(search, f"attributions/{name}")]
-    if not (corpora or runs or exports or attributions or search.unreadable):
-        raise ConfigError(f"nothing in {store.uri} comes from {search.pattern}{_nearest(search)}")
+    if not (corpora or runs or quarantines or exports or attributions or search.unreadable):
+        raise ConfigError(f"nothing in {store.uri} comes from {search.pattern}{_nearest(search)} ({_UNSEARCHED})")
     found = {
         "kind": "source",
         "store": store.uri,
         "source": search.pattern,
         "corpora": corpora,
         "runs": runs,
+        "quarantines": quarantines,
         "exports": exports,
         "attributions": attributions,
         "unreadable": [{"key": key, "problem": problem} for key, problem in search.unreadable.items()],
@@ -170,6 +177,31 @@ def _run(search: _Search, run_id: str) -> Json | None:
         return None
     return {"run_id": run_id, "recorded": bool(record), "corpus": corpus.get("name"),
             "version": corpus.get("version"), "rows": rows, "kept": kept, "export": record.get("export")}  # fmt: skip
+
+
+def _quarantine(search: _Search, run_id: str) -> Json:
+    """Rejected rows from there, which a run keeps as they were read, also one that failed then."""
+    key, rows = quarantine_key(run_id), 0
+    if search.store.exists(key):
+        with search.reading(key):
+            for frame in iter_table(search.store, key, columns=["source_uri"], rows=_SLICE_ROWS):
+                rows += int(search.found(frame).sum())
+    return {"run_id": run_id, "rows": rows, "key": key}
+
+
+def _manifests(search: _Search) -> Iterator[Json]:
+    """Of all exports; those that cannot be read, and folders without one, are noted."""
+    for name in search.store.children("exports"):
+        for version in search.store.children(f"exports/{name}"):
+            key = manifest_key(name, version)
+            if not search.store.exists(key):
+                search.unreadable[f"exports/{name}/{version}"] = "it has no manifest.json: its rows were not searched"
+                continue
+            manifest = None
+            with search.reading(key):
+                manifest = read_manifest(search.store, name, version)
+            if manifest is not None:
+                yield manifest
 
 
 def _export(search: _Search, manifest: Json) -> Json | None:
@@ -303,11 +335,18 @@ def _next(found: Json) -> list[str]:
         steps.append(f"decide on the rows of {labels} that other sources have too: they stay as long as those do")
     if found["attributions"]:
         steps.append(f"remove {', '.join(found['attributions'])} from {found['store']}: they quote its rows")
-    if found["corpora"] or found["runs"]:
-        steps.append(
-            f"at last `curate gc {found['store']} --keep 1`: it removes the older versions, and blocks, signatures, "
-            "scores, decisions, reports and rejected rows that only they need"
-        )
+    if found["quarantines"]:
+        runs = ", ".join(item["run_id"] for item in found["quarantines"])
+        steps.append(f"see that the folders of {runs} in {found['store']}/quarantine are gone after `curate gc`, or "
+                     "remove them: they hold rejected rows as they were read")  # fmt: skip
+    steps.append(
+        "delete Prefect artifacts with its text on the Prefect server (tables `attribution` quote hits): `curate gc` "
+        "does not reach them"
+    )
+    steps.append(
+        f"at last `curate gc {found['store']} --keep 1`: it removes the older versions, and blocks, signatures, "
+        f"scores, decisions, reports and rejected rows that only they need; {_UNSEARCHED}"
+    )
     if found["unreadable"]:
         steps.append("look at what could not be read: this answer says nothing of it")
     return steps

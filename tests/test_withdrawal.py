@@ -201,7 +201,7 @@ def test_what_is_unknown_is_said_with_what_is_near(folder: Path) -> None:
 def test_the_steps_leave_nothing(folder: Path, own: Path) -> None:
     store, uri = store_of(own), str(folder / "raw" / "a.jsonl")
     steps = trace_source(store, uri)["next"]
-    assert [store.url("exports/out/0001") in step for step in steps] == [True, False, False]
+    assert [store.url("exports/out/0001") in step for step in steps] == [True, False, False, False]
     assert f"curate gc {store.uri} --keep 1" in steps[-1]
     shutil.rmtree(own / "store" / "exports" / "out" / "0001")
     collect_garbage(store, keep=1)
@@ -209,6 +209,31 @@ def test_the_steps_leave_nothing(folder: Path, own: Path) -> None:
         trace_source(store, uri)
     assert [manifest["version"] for manifest in list_exports(store)] == ["0002"]
     assert not any(uri.encode() in store.get(key) for key, _ in store.list("") if key.endswith(".json"))
+
+
+def test_rejected_rows_of_a_run_that_failed(folder: Path, own: Path) -> None:
+    store, uri = store_of(own), "/elsewhere/bad.jsonl"
+    table = own / "store" / "quarantine" / "run-9" / "rejected.parquet"
+    table.parent.mkdir(parents=True)
+    pl.DataFrame({"source_uri": [uri, "/x", uri], "raw": ["a", "b", "c"]}).write_parquet(table)
+    found = trace_source(store, uri)
+    (held,) = found["quarantines"]
+    assert (held["run_id"], held["rows"]) == ("run-9", 2)
+    assert any("run-9" in step and "quarantine" in step for step in found["next"])
+    assert any("Prefect artifacts" in step for step in found["next"])
+    assert "failed before it published" in found["next"][-1]
+    with pytest.raises(ConfigError, match="failed before it published"):
+        trace_source(store, "/elsewhere/other.jsonl")
+
+
+def test_exports_whose_manifest_cannot_be_read(folder: Path, own: Path) -> None:
+    exports = own / "store" / "exports" / "out"
+    (exports / "0001" / "manifest.json").write_bytes(b"{broken")
+    (exports / "0003").mkdir()
+    (exports / "0003" / "lineage.json").write_bytes(b"{}")
+    found = trace_source(store_of(own), str(folder / "raw" / "a.jsonl"))
+    assert exports_of(found) == {"out/0002": (0, SHARED)}
+    assert [item["key"] for item in found["unreadable"]] == ["exports/out/0001/manifest.json", "exports/out/0003"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
