@@ -6,7 +6,8 @@ state, the first line of the error and where to look. A run that a person cancel
 killed runs no hooks: for that, the server needs an automation.
 
 A notification that cannot be sent is a warning in the run's logs, which names the block and nothing that it holds:
-what clients say of an error may quote the secret part of a URL. The run's own error stays what it was.
+what clients say of an error may quote the secret part of a URL. The run's own error stays what it was. One that takes
+longer than a minute is given up, and keeps no process alive.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import asyncio
 import inspect
 import logging
 import os
-from concurrent.futures import TimeoutError as TookTooLong
+from contextvars import copy_context
+from threading import Thread
+from types import TracebackType
 from typing import Any, TypedDict
 
 from prefect import Flow, runtime
@@ -23,7 +26,6 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.utilities.urls import url_for
 
 from rise_ops.redaction import error_text, redacted
-from rise_ops.threads import ContextPool
 from tasks.run_logs import arrange_logs
 
 BLOCK_VARIABLE = "CURATE_NOTIFY_BLOCK"
@@ -51,17 +53,39 @@ def notify(flow: Flow[..., Any], run: FlowRun, state: State[Any]) -> None:
     arrange_logs()
     subject = f"{flow.name} run {run.name} {state.name}"
     body = "\n".join(part for part in (subject, _reason(state), url_for(run)) if part)
-    pool = ContextPool(1)
-    try:
-        error = pool.submit(_send, slug, subject, body).exception(_SECONDS)
-    except TookTooLong as late:
-        error = late
-    finally:
-        pool.shutdown(wait=False)
+    error = _in_time(slug, subject, body)
     if error is None:
         _logger.info("told %s", slug)
     else:
         _logger.warning("%s could not be told (%s); check the block", slug, type(error).__name__)
+
+
+class _Attempt:
+    """What became of something that is tried: an error, or None once it is done."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = TimeoutError()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        self.error = error
+        return True
+
+
+def _in_time(slug: str, subject: str, body: str) -> BaseException | None:
+    """Why it could not be sent, or None; in a thread that ends with the process, wherever it hangs."""
+    attempt = _Attempt()
+
+    def send() -> None:
+        with attempt:
+            _send(slug, subject, body)
+
+    thread = Thread(target=copy_context().run, args=(send,), name="notification", daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    return attempt.error
 
 
 def _send(slug: str, subject: str, body: str) -> None:

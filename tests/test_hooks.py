@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -168,6 +170,27 @@ def test_any_kind_of_block_is_told_and_asked_whether_it_worked(
         index_corpus(broken)
     assert len(_Quiet.told) == works
     assert ("could not be told (NotificationError)" in caplog.text) is not works
+
+
+_HANGS = """
+import logging, threading, uuid
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Failed
+from flows import hooks
+from flows.index_corpus import index_corpus
+
+hooks._send = lambda *_: threading.Event().wait()
+hooks._SECONDS = 0.1
+logging.getLogger(hooks.__name__).addHandler(logging.StreamHandler())
+hooks.notify(index_corpus, FlowRun(flow_id=uuid.uuid4()), Failed(data=ValueError("broken")))
+"""
+
+
+def test_a_notification_that_hangs_keeps_no_process_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hooks.BLOCK_VARIABLE, "custom-webhook/team")
+    ended = subprocess.run([sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    assert "custom-webhook/team could not be told (TimeoutError)" in ended.stderr
 
 
 def test_runs_have_names_that_say_what_and_when(tmp_path: Path) -> None:
