@@ -3,14 +3,16 @@
     runs/<run_id>/metrics.prom    the figures in Prometheus' text format
 
 Where the variable `CURATE_PROMETHEUS_DIR` names the folder of node_exporter's textfile collector, the same text
-is written there as `<flow>_<corpus>.prom`, whichever way the run ended. All figures are gauges: each file tells of the
-last run alone, and a counter that begins anew with every run would make `rate()` take equal runs for none. Names have
-base units; labels are the corpus, the flow and the stage, whose numbers are small. Run ids are no label: every run
-would leave series behind. The time of the last success is carried over from the file that a failed run replaces.
+is written there as `<flow>_<corpus>_<store>.prom`, the store as a short hash, whichever way the run ended. All figures
+are gauges: each file tells of the last run alone, and a counter that begins anew with every run would make `rate()`
+take equal runs for none. Names have base units; labels are the store, the corpus, the flow and the stage, whose numbers
+are small. Run ids are no label: every run would leave series behind. The time of the last success is carried over from
+the file that a failed run replaces.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -23,6 +25,7 @@ from pydantic import ByteSize
 
 from rise_ops.counters import NAMES
 from rise_ops.errors import StoreError
+from rise_ops.redaction import redacted
 from rise_ops.store import Store
 
 Json = Mapping[str, Any]
@@ -148,7 +151,7 @@ def exposition(record: Json, *, last_success: float | None = None) -> bytes:
     from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
     registry = CollectorRegistry()
-    run = {"corpus": record["corpus"]["name"], "flow": record["name"]}
+    run = {"store": _store_label(record), "corpus": record["corpus"]["name"], "flow": record["name"]}
 
     def gauge(name: str, text: str, values: Iterable[tuple[dict[str, str], float | None]]) -> None:
         known = [(labels, value) for labels, value in values if value is not None]
@@ -176,6 +179,16 @@ def write_metrics(store: Store, record: Json) -> None:
     store.create(metrics_key(record["run_id"]), exposition(record))
 
 
+def _store_label(record: Json) -> str:
+    return redacted(record["config"]["store"].rstrip("/"))
+
+
+def textfile_name(record: Json) -> str:
+    """Name of a run's file in the collector's folder: the same for all runs of a flow on a corpus of a store."""
+    store = hashlib.sha256(_store_label(record).encode()).hexdigest()[:8]
+    return f"{record['name']}_{record['corpus']['name']}_{store}.prom"
+
+
 def publish_metrics(record: Json) -> None:
     """Write the figures for the textfile collector, if there is one. The file is whole at every moment.
 
@@ -187,7 +200,7 @@ def publish_metrics(record: Json) -> None:
     folder = os.environ.get(FOLDER_VARIABLE, "").strip()
     if not folder:
         return
-    path = Path(folder) / f"{record['name']}_{record['corpus']['name']}.prom"
+    path = Path(folder) / textfile_name(record)
     before = path.with_name(f".{path.name}.{os.getpid()}")  # the collector reads *.prom
     try:
         before.write_bytes(exposition(record, last_success=_last_success(path)))

@@ -22,7 +22,14 @@ from rise_ops.counters import Counters, count, counting
 from rise_ops.errors import CurationError, SourceError, TransientError
 from rise_ops.garbage import collect_garbage
 from rise_ops.logs import log_fields
-from rise_ops.metrics import FOLDER_VARIABLE, StageUsage, exposition, metrics_key, publish_metrics
+from rise_ops.metrics import (
+    FOLDER_VARIABLE,
+    StageUsage,
+    exposition,
+    metrics_key,
+    publish_metrics,
+    textfile_name,
+)
 from rise_ops.retry import retried
 from rise_ops.runs import read_run
 from rise_ops.store import Store
@@ -225,12 +232,14 @@ def test_a_run_tells_what_its_stages_cost(tmp_path: Path, monkeypatch: pytest.Mo
 
     text = store.get(metrics_key(summary["run_id"])).decode()
     samples = _samples(text)
-    assert _value(samples, "curate_run_success", corpus="tiny", flow="curate") == 1
-    assert _value(samples, "curate_stage_rows", corpus="tiny", flow="curate", stage="index") == ROWS
-    assert _value(samples, "curate_corpus_rejected_rows", corpus="tiny", flow="curate") == 1
+    labels = {"store": config.store, "corpus": "tiny", "flow": "curate"}
+    assert _value(samples, "curate_run_success", **labels) == 1
+    assert _value(samples, "curate_stage_rows", **labels, stage="index") == ROWS
+    assert _value(samples, "curate_corpus_rejected_rows", **labels) == 1
     assert summary["run_id"] not in text  # ids would be new series with every run
     (published,) = textfiles.iterdir()
-    assert published.name == "curate_tiny.prom"
+    assert published.name == textfile_name(record)
+    assert re.fullmatch(r"curate_tiny_[0-9a-f]{8}\.prom", published.name)
     assert _samples(published.read_text()) == samples
 
     with get_client(sync_client=True) as client:
@@ -254,8 +263,8 @@ def test_a_failed_run_says_so_and_keeps_the_time_of_the_last_success(
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     config = load(write_curation(tmp_path))
     index_corpus(config)
-    file = tmp_path / "index_corpus_tiny.prom"
-    labels = {"corpus": "tiny", "flow": "index_corpus"}
+    (file,) = tmp_path.glob("index_corpus_tiny_*.prom")
+    labels = {"store": config.store, "corpus": "tiny", "flow": "index_corpus"}
     succeeded = _value(_samples(file.read_text()), "curate_run_finished_timestamp_seconds", **labels)
     for part in (tmp_path / "raw").iterdir():
         part.unlink()
@@ -289,23 +298,40 @@ def test_metrics_that_cannot_be_written_fail_no_run(
 
 def _record(**changes: Any) -> Json:
     ended = {"finished": "2026-01-31T00:00:00.000+00:00", "seconds": 1.5, "status": "completed"}
-    return {"run_id": "one", "name": "curate", "corpus": {"name": "c"}, "counts": {}, "metrics": {}, **ended, **changes}
+    what = {"run_id": "one", "name": "curate", "config": {"store": "s3://b/one"}, "corpus": {"name": "c"}}
+    return {**what, "counts": {}, "metrics": {}, **ended, **changes}
 
 
 def test_labels_are_escaped() -> None:
     name = 'a"b\\c\nd{}'
     samples = _samples(exposition(_record(corpus={"name": name})).decode())
-    assert _value(samples, "curate_run_success", corpus=name, flow="curate") == 1
+    assert _value(samples, "curate_run_success", store="s3://b/one", corpus=name, flow="curate") == 1
+
+
+def test_corpora_of_one_name_in_two_stores_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    publish_metrics(_record())
+    publish_metrics(_record(config={"store": "s3://b/two"}, status="failed"))
+    publish_metrics(_record(config={"store": "s3://b/one/"}))
+    samples = {name: value for file in tmp_path.iterdir() for name, value in _samples(file.read_text()).items()}
+    assert len(list(tmp_path.iterdir())) == 2
+    assert _value(samples, "curate_run_success", store="s3://b/one", corpus="c", flow="curate") == 1
+    assert _value(samples, "curate_run_success", store="s3://b/two", corpus="c", flow="curate") == 0
+
+
+def test_the_label_of_a_store_holds_no_secret() -> None:
+    record = _record(config={"store": "s3://me:planted@b/one"}, metrics={"index": StageUsage().figures()})
+    assert b"planted" not in exposition(record) and b"s3://***@b/one" in exposition(record)
 
 
 def test_a_file_that_cannot_be_read_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    file = tmp_path / "curate_c.prom"
+    file = tmp_path / textfile_name(_record())
     for content in (b"curate_run_last_success_timestamp_seconds{ not this\n", b"\xff\xfe", b""):
         file.write_bytes(content)
         publish_metrics(_record(status="failed"))
         samples = _samples(file.read_text())
-        assert _value(samples, "curate_run_success", corpus="c", flow="curate") == 0
+        assert _value(samples, "curate_run_success", store="s3://b/one", corpus="c", flow="curate") == 0
         assert not [name for name, _ in samples if "last_success" in name]
         assert [each.name for each in tmp_path.iterdir()] == [file.name]
     monkeypatch.setenv(FOLDER_VARIABLE, str(file))
