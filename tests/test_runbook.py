@@ -66,3 +66,16 @@ def test_folders_of_a_back_up_are_those_of_a_store() -> None:
     assert copied and restored
     wanted = sorted(STORE_FOLDERS - {"alive", "damage"})
     assert sorted(copied[1].split()) == sorted(restored[1].split()) == wanted
+
+
+def test_a_corpus_that_cannot_be_published_has_a_remedy() -> None:
+    import yaml
+
+    chapter = RUNBOOK.partition("### The corpus changed, and re-indexing fails")[2].partition("\n### ")[0]
+    paused = re.findall(r"^prefect deployment schedule pause (\S+)/(\S+) SCHEDULE_ID$", chapter, re.MULTILINE)
+    document = yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text(encoding="utf-8"))
+    deployed = {each["name"]: each for each in document["deployments"]}
+    ((flow, name),) = paused
+    assert deployed[name]["entrypoint"].endswith(f".{flow}")
+    (schedule,) = deployed[name]["schedules"]
+    assert f"({schedule['interval'] // 60} minutes)" in chapter
