@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import quote
 
 _SECRET_NAME = re.compile(
@@ -91,23 +92,22 @@ def _user_infos(text: str) -> Iterator[tuple[int, int]]:
 def _secrets() -> Iterator[str]:
     """Values that are secret, also as URLs hold them."""
     for name, value in os.environ.items():
-        if _is_secret(name):
-            for found in _parts(value):
-                if len(found) >= _MIN_CHARACTERS:
-                    yield from (found, quote(found), quote(found, safe=""))
+        for found in _parts(name, value):
+            if len(found) >= _MIN_CHARACTERS:
+                yield from (found, quote(found), quote(found, safe=""))
 
 
 def _is_secret(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None and _NO_SECRET.search(name) is None
 
 
-def _parts(value: str) -> Iterator[str]:
-    """A value; of a JSON object, the values under secret names."""
-    try:
-        document = json.loads(value) if value.startswith("{") else None
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
+def _parts(name: str, value: object) -> Iterator[str]:
+    """A value with a secret name; of a JSON object, whatever its name, the values under secret names."""
+    if isinstance(value, str) and value.startswith("{"):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _parts(str(key), each)
+    elif isinstance(value, str) and _is_secret(name):
         yield value
-        return
-    yield from (item for name, item in document.items() if isinstance(item, str) and _is_secret(name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from rise_ops.errors import StoreError
@@ -124,3 +126,16 @@ def test_urls(text: str, expected: str) -> None:
 def test_an_error_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     assert error_text(StoreError("no wJalrXUtnFEMI here")) == "StoreError: no *** here"
+
+
+def test_secrets_in_nested_settings_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = {
+        "type": "http",
+        "url": "https://lineage.example",
+        "auth": {"type": "api_key", "apiKey": "planted-5d2e"},
+    }
+    monkeypatch.setenv("OPENLINEAGE__TRANSPORT", json.dumps(transport))
+    assert (
+        redacted("sent planted-5d2e to https://lineage.example by http")
+        == "sent *** to https://lineage.example by http"
+    )
