@@ -286,8 +286,10 @@ def parse_config(document: Mapping[str, Any], *, base: Path, origin: str = "conf
         config = CurationConfig.model_validate(document)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors(include_url=False, include_input=False)]
-        raise ConfigError(f"{origin} is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
-    return _absolute(config, base)
+    else:
+        return _absolute(config, base)
+    # raised out here, the error does not hold the other one, which holds the values
+    raise ConfigError(f"{origin} is not valid:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def resolve_path(path: str, base: Path) -> str:
