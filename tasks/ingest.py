@@ -102,7 +102,7 @@ def _columns(store: Store, objects: list[Json]) -> Json:
     """Columns of the sources, for lineage events only."""
     columns: Json = {}
     with telling("columns of the sources"):
-        columns = source_columns(store, objects)
+        columns |= source_columns(store, objects)
     return columns
 
 
