@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -369,15 +368,12 @@ def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict
             note("starting a temporary Prefect server (10 to 30 s; set PREFECT_API_URL to use one that runs)")
             stack.enter_context(temporary_server())
         stack.enter_context(listening(stack.enter_context(progress_bars())))
-        return _interruptible(partial(curate, config, until, deep=deep))
-
-
-def _interruptible(flow: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return flow()
-    except KeyboardInterrupt:
-        typer.echo("curate: interrupted; give the same command again to go on", err=True)
-        raise
+        try:
+            summary: dict[str, Any] = curate(config, until, deep=deep)
+        except KeyboardInterrupt:
+            typer.echo("curate: interrupted; give the same command again to go on", err=True)
+            raise
+        return summary
 
 
 def _has_server() -> bool:

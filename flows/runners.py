@@ -15,13 +15,14 @@ import logging
 import os
 import socket
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from rise_ops.config import CurationConfig, RunnerConfig
 from rise_ops.devices import visible_devices
-from rise_ops.errors import ConfigError, LimitError, WorkerError
+from rise_ops.errors import ConfigError, LimitError
 from tasks.dispatch import Dispatcher
 
 _logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def _dask(runner: RunnerConfig) -> Dispatcher:
     if runner.address is None:
         where = {"cluster_class": distributed.SpecCluster, "cluster_kwargs": _dask_cluster(runner)}
     lost = (distributed.KilledWorker, distributed.CancelledError, CommClosedError)
-    return Dispatcher(DaskTaskRunner(**where), _window(runner), on_gpu, lost, _place(runner), connect)
+    return Dispatcher(DaskTaskRunner(**where), _window(runner), on_gpu, lost, _place(runner), connect=connect)
 
 
 def _dask_cluster(runner: RunnerConfig) -> dict[str, Any]:
@@ -142,26 +143,23 @@ def _ray(runner: RunnerConfig) -> Dispatcher:
         _warn(runner, int(resources.get("GPU", 0)), int(resources.get("CPU", 0)))
 
     init: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if runner.address is not None:
-        _reach(runner.address)
-    else:
+    if runner.address is None:
         devices = _devices(runner)
         own = {"num_cpus": runner.workers, "num_gpus": len(devices) * runner.gpus}
         init["runtime_env"] = {"env_vars": _cores(runner)}
         init |= own | {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     started = RayTaskRunner(address=runner.address, init_kwargs=init)
     lost = (ray.exceptions.RayError,)
-    return Dispatcher(started, _window(runner), on_gpu, lost, _place(runner), connect)
+    return Dispatcher(
+        started, _window(runner), on_gpu, lost, _place(runner), reach=partial(_reach, runner.address), connect=connect
+    )
 
 
-def _reach(address: str) -> None:
+def _reach(address: str | None) -> None:
     """Fail at once where nothing listens: Ray itself asks for minutes."""
-    host, _, port = address.rpartition("://")[2].partition(":")
-    try:
-        if port.isdecimal():
-            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise WorkerError(f"the cluster at {address} does not answer: {error}; check runner.address") from error
+    host, _, port = (address or "").rpartition("://")[2].partition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
 
 
 def _warn(runner: RunnerConfig, gpus: int, workers: int) -> None:

@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,8 @@ class StageUsage:
     tasks: int = 0
     """That ran; a cached result needs none."""
     task_retries: int = 0
-    rows: int = 0
-    tokens: int = 0
-    rejected: int = 0
-    requests: int = 0
-    retries: int = 0
-    store_read_bytes: int = 0
-    store_written_bytes: int = 0
-    source_read_bytes: int = 0
+    counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NAMES, 0))
+    """What `rise_ops.counters` counts."""
     workers: set[str] = field(default_factory=set)
 
     def add(self, usage: Json) -> None:
@@ -90,15 +84,23 @@ class StageUsage:
         self.task_retries += usage["task_retries"]
         self.workers.add(usage["worker"])
         for name in NAMES:
-            setattr(self, name, getattr(self, name) + usage[name])
+            self.counted[name] += usage[name]
 
     def figures(self) -> dict[str, float]:
         """All figures, rates too; `queue` is the average number of waiting tasks (Little's law)."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
         wall = self.seconds or self.busy_seconds  # the check before the first stage is its task and nothing else
-        rates = {"rows_per_second": self.rows, "tokens_per_second": self.tokens, "queue": self.waited_seconds}
-        found |= {name: value / wall if wall else 0.0 for name, value in rates.items()}
-        found |= {"seconds": wall, "workers": len(self.workers)}
+        rows, tokens = self.counted["rows"], self.counted["tokens"]
+        rates = {"rows_per_second": rows, "tokens_per_second": tokens, "queue": self.waited_seconds}
+        found = {
+            "seconds": wall,
+            "busy_seconds": self.busy_seconds,
+            "waited_seconds": self.waited_seconds,
+            "tasks": self.tasks,
+            "task_retries": self.task_retries,
+            **self.counted,
+            "workers": len(self.workers),
+            **{name: value / wall if wall else 0.0 for name, value in rates.items()},
+        }
         return {name: round(value, 3) for name, value in found.items()}
 
 

@@ -1,7 +1,7 @@
 """Runs: one execution, its stages and what they read and wrote.
 
     runs/<run_id>/run.json             the whole record, written once, when the run ends (also when it fails)
-    runs/<run_id>/openlineage.jsonl    the same as OpenLineage events (`rise_ops.openlineage`), written just before
+    runs/<run_id>/openlineage.jsonl    the same as OpenLineage events (`rise_ops.openlineage`), written just after
 
 A stage's record names inputs and outputs (URI, SHA-256 where there is one, rows), how long it took and whether
 its result was already there. The code is named by version, a hash of

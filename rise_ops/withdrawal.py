@@ -207,20 +207,23 @@ def _manifests(search: _Search) -> Iterator[Json]:
 def _export(search: _Search, manifest: Json) -> Json | None:
     """Rows of an export that come from there, or whose content stood there too; None where it has none."""
     label = f"{manifest['name']}/{manifest['version']}"
-    counted: Json = {"rows": 0, "rows_elsewhere": 0, "places": [], "elsewhere": []}
-    read_from = "data"
+    counted, read_from = _nothing(), "data"
     try:
         _count(search, _Exported(search.store, manifest), counted)
     except (IntegrityError, MissingObjectError) as error:  # then the decisions tell what is in it
         search.unreadable[f"exports/{label}"] = str(error)
-        counted = {"rows": 0, "rows_elsewhere": 0, "places": [], "elsewhere": []}
-        read_from = "decisions"
+        counted, read_from = _nothing(), "decisions"
         with search.reading(decisions_key(manifest["run_id"])):
             _count(search, _Kept(search.store, manifest["run_id"]), counted)
     if not (counted["rows"] or counted["rows_elsewhere"]):
         return None
     return {"export": label, "run_id": manifest["run_id"], "rows_in_all": manifest["rows"], "read_from": read_from,
             "folder": search.store.url(f"exports/{label}"), **counted}  # fmt: skip
+
+
+def _nothing() -> Json:
+    """What `_count` adds to."""
+    return {"rows": 0, "rows_elsewhere": 0, "places": [], "elsewhere": []}
 
 
 def _count(search: _Search, frames: Iterable[pl.DataFrame], counted: Json) -> None:
@@ -246,11 +249,10 @@ def _doc_ids(search: _Search, part: int, parts: int) -> pl.DataFrame:
     found = pl.DataFrame(schema={"doc_id": pl.String})
     number = pl.col("doc_id").str.head(16).str.to_integer(base=16, dtype=pl.UInt64)
     for entry in search.entries.values():
-        keys = [f"object {entry.record}"] if entry.pack is not None else [f"block {name}" for name in entry.blocks]
-        for key in keys:
-            with search.reading(key):
-                name = key.partition(" ")[2]
-                read = read_rows_doc_ids if entry.pack is not None else read_doc_ids
+        is_packed = entry.pack is not None
+        kind, read = ("object", read_rows_doc_ids) if is_packed else ("block", read_doc_ids)
+        for name in [entry.record] if is_packed else entry.blocks:
+            with search.reading(f"{kind} {name}"):
                 column = read(search.store, name).to_frame("doc_id")
                 found = pl.concat([found, column.filter(number % parts == part)])
         found = found.unique()

@@ -40,12 +40,15 @@ class Dispatcher:
     """What the runner raises where a task's worker died too often, or the runner itself is gone."""
     place: str = ""
     """What the runner connects to, for messages."""
+    reach: Callable[[], None] = lambda: None
+    """Called before the runner starts; raises OSError where nothing answers."""
     connect: Callable[[TaskRunner[Any]], None] = lambda _: None
     """Called once the runner has started; warns where tasks will have to wait."""
 
     def __enter__(self) -> Dispatcher:
         with ExitStack() as stack:
             try:
+                self.reach()
                 stack.enter_context(self.runner)
                 self.connect(self.runner)
             except (OSError, *self.lost) as error:  # type: ignore[misc]
