@@ -152,12 +152,141 @@ class KeepConfig(_Config):
     fraction: float | None = Field(None, gt=0, le=1, description="At most this part of the rows.")
     tokens: int | None = Field(None, gt=0, description="At most this many tokens.")
     min_value: float | None = Field(None, description="Only rows of at least this value.")
+    min_percentile: float | None = Field(
+        None, ge=0, lt=100, description="Only rows above this percentile of the values."
+    )
+
+
+class ExcludeConfig(_Config):
+    """Rows that go whatever their value: by their score on a target, or by what they say. One of the two."""
+
+    target: str | None = Field(None, description="Target whose most influential rows go.")
+    top_rows: int | None = Field(None, gt=0, description="So many of them.")
+    top_fraction: float | None = Field(None, gt=0, lt=1, description="This part of all rows.")
+    min_score: float | None = Field(None, description="All of at least this score.")
+    pattern: str | None = Field(None, min_length=1, description="Regular expression; rows in which it matches go.")
+    field: str = Field("text", description="Column that is searched: text, prompt, or a column of the source.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ExcludeConfig:
+        given = [name for name in ("top_rows", "top_fraction", "min_score") if getattr(self, name) is not None]
+        if (self.target is None) == (self.pattern is None):
+            raise ValueError("give either 'target' or 'pattern'")
+        if self.target is not None and len(given) != 1:
+            raise ValueError("with 'target' give one of 'top_rows', 'top_fraction', 'min_score'")
+        if self.pattern is not None and given:
+            raise ValueError(f"cannot use '{given[0]}' with 'pattern'")
+        return self
+
+
+class Quota(_Config):
+    """Bounds on what a group of rows has of the kept ones."""
+
+    min_rows: int | None = Field(None, gt=0, description="At least so many rows, taken before all others.")
+    max_rows: int | None = Field(None, ge=0, description="At most so many rows.")
+    min_fraction: float | None = Field(None, gt=0, le=1, description="At least this part of what is kept.")
+    max_fraction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="At most this part of what is kept: of its tokens if keep.tokens is set, else rows.",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Quota:
+        for low, high in (("min_rows", "max_rows"), ("min_fraction", "max_fraction")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} {least:g} is more than {high} {most:g}")
+        return self
+
+
+class SourceQuota(Quota):
+    """Bounds on each source, and on some of them."""
+
+    by: Literal["object", "folder", "pattern"] = Field(
+        "object", description="What a source is: an object, its folder, or an entry of corpus.sources."
+    )
+    groups: dict[str, Quota] = Field(
+        default_factory=dict,
+        description="Bounds for sources by glob, in place of those for each; the first match counts.",
+    )
+
+
+class LabelQuota(Quota):
+    """Bounds on the rows of each label, and on some of them."""
+
+    field: str = Field("label", description="Column of the source that holds the label.")
+    groups: dict[str, Quota] = Field(
+        default_factory=dict, description="Bounds for labels by name, in place of those for each."
+    )
+
+
+class NearDuplicates(_Config):
+    """Of rows whose signatures are nearly parallel only the one of the highest value stays."""
+
+    cosine: float = Field(gt=0.5, le=1, description="Cosine of the signatures from which rows are duplicates.")
+    recall: float = Field(0.99, gt=0, lt=1, description="Part of the pairs at this cosine that is found, at least.")
+
+
+class DiversityConfig(_Config):
+    """The best rows are put in an order in which each is far from those before it."""
+
+    method: Literal["k_center"] = Field("k_center", description="Greedy k-centre (Gonzalez, 1985).")
+    candidates: float = Field(4.0, gt=1, description="So many times the budget of the best rows are looked at.")
+
+
+class SampleConfig(_Config):
+    """Rows are drawn at random, the better ones more often, instead of taken from the best down."""
+
+    seed: int = Field(0, ge=0, description="The same seed draws the same rows.")
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="Chances are exp(value / temperature); null: in proportion to the value, none at 0 or less.",
+    )
 
 
 class SelectionConfig(_Config):
-    """Which rows are kept."""
+    """Which rows are kept. The steps work in the order of these keys, then the budget of `keep` is filled."""
 
+    exclude: tuple[ExcludeConfig, ...] = Field((), description="Rows that go, by target or pattern.")
+    near_duplicates: NearDuplicates | None = Field(None, description="Or a number: the cosine.")
+    diversity: DiversityConfig | None = Field(None, description="Order by distance. Not together with sample.")
+    sample: SampleConfig | None = Field(None, description="Order by chance. Not together with diversity.")
+    per_source: SourceQuota | None = Field(None, description="Bounds for sources.")
+    per_label: LabelQuota | None = Field(None, description="Bounds for labels.")
     keep: KeepConfig = Field(default_factory=lambda: KeepConfig(), description="Budget and threshold.")
+
+    @field_validator("near_duplicates", mode="before")
+    @classmethod
+    def _a_number_is_enough(cls, value: Any) -> Any:
+        return {"cosine": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_order(self) -> SelectionConfig:
+        if self.diversity is not None and self.sample is not None:
+            raise ValueError("cannot use 'diversity' with 'sample'")
+        return self
+
+
+class SimHashConfig(_Config):
+    """Sign codes of signatures: 48 times smaller than the index at the default width."""
+
+    bits: int = Field(8_192, ge=64, multiple_of=64, description="Bits of a row.")
+    seed: int = Field(42, ge=0, description="Seed of the rotation.")
+
+
+class TuningConfig(_Config):
+    """Temperature and widths chosen on a sample, before the corpus is indexed."""
+
+    temperature: bool = Field(False, description="Choose sketch.temperature; also written sketch.temperature: auto.")
+    dim: bool = Field(False, description="Choose sketch.dim_*; also written sketch.dim: auto.")
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0), min_length=1, description="Candidates."
+    )
+    rows: int = Field(512, ge=32, description="Rows of the sample.")
+    seed: int = Field(0, ge=0, description="Of the sample. Another one makes another choice.")
 
 
 class ExportConfig(_Config):
@@ -208,11 +337,31 @@ class CurationConfig(_Config):
     sketch: SketchConfig = Field(default_factory=lambda: SketchConfig())
     targets: dict[str, TargetConfig] = Field(default_factory=dict)
     value: dict[str, float] = Field(default_factory=dict, description="Weight of each target; default 1 each.")
-    aggregate: Literal["mean", "max", "rrf"] = Field("mean", description="How the queries of a target combine.")
+    aggregate: str = Field(
+        "mean",
+        pattern=r"^(mean|max|rrf|top-[1-9][0-9]{0,5})$",
+        description="How the queries of a target combine: mean, max, top-N (mean of the N best), rrf.",
+    )
+    tuning: TuningConfig = Field(default_factory=lambda: TuningConfig())
+    simhash: SimHashConfig | None = Field(None, description="Write codes with the index.")
     selection: SelectionConfig = Field(default_factory=lambda: SelectionConfig())
     export: ExportConfig = Field(default_factory=lambda: ExportConfig())
     runner: RunnerConfig = Field(default_factory=lambda: RunnerConfig())
     limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_means_tuning(cls, value: Any) -> Any:
+        """`sketch: {temperature: auto, dim: auto}` is written for `tuning: {temperature: true, dim: true}`."""
+        sketch = value.get("sketch") if isinstance(value, Mapping) else None
+        if not isinstance(sketch, Mapping):
+            return value
+        asked = [name for name in ("temperature", "dim") if sketch.get(name) == "auto"]
+        tuning = value.get("tuning") or {}
+        if not asked or not isinstance(tuning, Mapping):
+            return value
+        rest = {name: each for name, each in sketch.items() if name not in asked}
+        return {**value, "sketch": rest, "tuning": {**tuning, **dict.fromkeys(asked, True)}}
 
     @field_validator("targets")
     @classmethod
@@ -228,6 +377,14 @@ class CurationConfig(_Config):
             if name not in self.targets:
                 hint = _nearest(name, self.targets)
                 raise ValueError(f"value weighs '{name}', which is not a target{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _exclusions_have_targets(self) -> CurationConfig:
+        for each in self.selection.exclude:
+            if each.target is not None and each.target not in self.targets:
+                hint = _nearest(each.target, self.targets)
+                raise ValueError(f"selection.exclude names '{each.target}', which is not a target{hint}")
         return self
 
     @property

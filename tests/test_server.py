@@ -152,7 +152,8 @@ def test_an_object_in_the_bucket_becomes_signatures(scene: Scene, record_propert
         "run ended": moment(ended["end_time"]),
     }
     record_timeline(record_property, "trigger", moments)
-    assert list(moments.values()) == sorted(moments.values())
+    in_order = [when.replace(microsecond=0) for when in moments.values()]  # versions are dated in whole seconds
+    assert in_order == sorted(in_order)
 
 
 @pytest.mark.s3
