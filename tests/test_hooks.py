@@ -17,6 +17,7 @@ from prefect.blocks.abstract import NotificationBlock, NotificationError
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 
 from flows import hooks
 from flows.curate import curate
@@ -80,7 +81,8 @@ def broken(tmp_path: Path) -> Any:
 
 def _last_run() -> FlowRun:
     with get_client(sync_client=True) as client:
-        return max(client.read_flow_runs(), key=lambda run: run.created or 0)
+        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    return run
 
 
 @pytest.mark.parametrize("flow", [curate, index_corpus], ids=lambda flow: flow.name)

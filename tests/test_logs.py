@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -161,7 +162,7 @@ def two_speak() -> None:
 def _logs() -> list[Any]:
     """Logs of the latest flow run, as the server has them."""
     with get_client(sync_client=True) as client:
-        run = max(client.read_flow_runs(), key=lambda run: str(run.created))
+        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
         body = {"logs": {"flow_run_id": {"any_": [str(run.id)]}}, "sort": "TIMESTAMP_ASC"}
         return list(client.request("POST", "/logs/filter", json=body).json())
 
