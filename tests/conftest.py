@@ -22,6 +22,7 @@ from tests import servers
 
 if TYPE_CHECKING:
     import s3fs
+    from prefect.client.schemas.objects import FlowRun
 
 _BUCKET: Final = "tests"
 
@@ -150,6 +151,18 @@ def prefect_harness() -> Iterator[None]:
     }
     with temporary_settings(lean), prefect_test_harness(server_startup_timeout=90):
         yield
+
+
+def last_flow_run() -> FlowRun:
+    """The flow run that started last, on the server of `prefect_harness`; scheduled ones have not started."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterStartTime
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    started = FlowRunFilter(start_time=FlowRunFilterStartTime(is_null_=False))
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(flow_run_filter=started, sort=FlowRunSort.START_TIME_DESC, limit=1)
+    return run
 
 
 def prefect_child_environment() -> dict[str, str]:

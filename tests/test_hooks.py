@@ -15,14 +15,12 @@ from typing import Any, ClassVar
 import pytest
 from prefect.blocks.abstract import NotificationBlock, NotificationError
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import FlowRunSort
 
 from flows import hooks
 from flows.curate import curate
 from flows.index_corpus import index_corpus
 from rise_ops.errors import ConfigError, SourceError
+from tests.conftest import last_flow_run
 from tests.curation import load, write_curation
 
 pytestmark = pytest.mark.usefixtures("prefect_harness")
@@ -79,12 +77,6 @@ def broken(tmp_path: Path) -> Any:
     return load(path)
 
 
-def _last_run() -> FlowRun:
-    with get_client(sync_client=True) as client:
-        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
-    return run
-
-
 @pytest.mark.parametrize("flow", [curate, index_corpus], ids=lambda flow: flow.name)
 def test_a_failed_run_tells_what_failed_and_where_to_look(
     flow: Any, inbox: _Inbox, broken: Any, monkeypatch: pytest.MonkeyPatch
@@ -93,7 +85,7 @@ def test_a_failed_run_tells_what_failed_and_where_to_look(
     with pytest.raises(SourceError, match="matches nothing"):
         flow(broken)
     (message,) = inbox.messages
-    run = _last_run()
+    run = last_flow_run()
     assert message["subject"] == f"{flow.name} run {run.name} Failed"
     first, reason, link = message["text"].split("\n")
     assert first == message["subject"]
@@ -199,11 +191,11 @@ def test_runs_have_names_that_say_what_and_when(tmp_path: Path) -> None:
     config = load(write_curation(tmp_path))
     names = []
     curate(config, "ingest")
-    names.append(_last_run().name)
+    names.append(last_flow_run().name)
     index_corpus(config)
-    names.append(_last_run().name)
+    names.append(last_flow_run().name)
     assert [name.rpartition("-")[0] for name in names] == ["tiny-ingest", "tiny-reindex"]
     assert all(len(name.rpartition("-")[2]) == len("20260131T0200") for name in names)
     with pytest.raises(ConfigError):
         curate(config.model_copy(update={"targets": {}, "value": {}}))
-    assert _last_run().name.startswith("tiny-curate-")
+    assert last_flow_run().name.startswith("tiny-curate-")

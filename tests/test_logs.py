@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.sorting import FlowRunSort
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -28,7 +27,7 @@ from rise_ops.threads import ContextPool
 from tasks.dispatch import Dispatcher, run_all
 from tasks.policy import Json, stage
 from tasks.run_logs import RunLogHandler, arrange_logs
-from tests.conftest import prefect_child_environment
+from tests.conftest import last_flow_run, prefect_child_environment
 from tests.curation import load, write_curation
 
 RUN = "20260131T235959-tiny-1a2b3c"
@@ -161,8 +160,8 @@ def two_speak() -> None:
 
 def _logs() -> list[Any]:
     """Logs of the latest flow run, as the server has them."""
+    run = last_flow_run()
     with get_client(sync_client=True) as client:
-        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
         body = {"logs": {"flow_run_id": {"any_": [str(run.id)]}}, "sort": "TIMESTAMP_ASC"}
         return list(client.request("POST", "/logs/filter", json=body).json())
 
