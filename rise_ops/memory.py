@@ -40,6 +40,13 @@ _POLARS_IDLE = 96 * MIB  # the same, with Polars' joins and readers
 _READER_BYTES = 48 * MIB  # a decoded batch of table rows, and some megabytes of it as Python values
 _SLICE_BYTES = 1_536  # a row of decisions: its columns in Polars, joined with its place, and written
 _FUSED_BYTES = 64  # one of a query's best rows, merged and sorted by place
+CODE_ROWS = 64
+"""Signatures that are rotated at a time."""
+_ROTATED_BYTES = 24  # an entry of these: float32, padded to a power of two, in two buffers
+_BATCH_BYTES = 48 * MIB  # rows that are decided together: which of them are candidates of each other, their codes
+_PAIR_BYTES = 28  # an entry of two signatures whose cosine is computed: float16, float32, squares and products
+_TILE_BYTES = 24 * MIB  # vectors of a tile, float16 and float32
+_CANDIDATE_BYTES = 40  # a candidate of k-centre: its row, place, norm and nearest centre, sorted
 _JSON_COPIES = 8  # JSON text, its values in Python, Arrow columns, compressed pages
 
 
@@ -81,6 +88,28 @@ class SelectMemory:
     """Rows that are joined with their places at a time."""
     sort_rows: int
     """Rows that are sorted at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicatesMemory:
+    """The search for near-duplicates, one task."""
+
+    plan: StageMemory
+    chunks: int
+    """Chunks in memory at a time."""
+    pairs: int
+    """Pairs whose cosine is computed at a time."""
+    columns: int
+    """Bytes for codes and tables; what is beyond them is in files."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiversityMemory:
+    """Greedy k-centre, one task."""
+
+    plan: StageMemory
+    chunks: int
+    """Chunks in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +217,59 @@ def select_memory(memory: int, *, rows: int, queries: int, aggregate: str) -> Se
     passes = max(1, -(-rows // sorts))
     text = f"{rows:,} rows in {passes:,} {'pass' if passes == 1 else 'passes'} of {min(rows, sorts):,}"
     return SelectMemory(_plan("select", text, need, memory, 1), slices, sorts)
+
+
+def duplicates_memory(memory: int, *, dim: int) -> DuplicatesMemory:
+    """Plan for removing near-duplicates: chunks that are coded, pairs that are compared, codes and tables.
+
+    Raises
+    ------
+    LimitError
+        A chunk leaves no room.
+    """
+    chunk = max(_CHUNK_BYTES, 2 * dim)
+    fixed = _IDLE + _ROTATED_BYTES * CODE_ROWS * dim + _BATCH_BYTES
+    pair = _PAIR_BYTES * dim
+    least = fixed + chunk + pair
+    _refuse("near_duplicates", least, memory, 1, remedy="use a smaller sketch")
+    rest = memory - fixed
+    chunks = 1 if rest < 6 * chunk else 2 if rest < 12 * chunk else 3
+    pairs = max(1, min(4_096, 64 * MIB // pair, (rest - chunks * chunk) // 2 // pair))
+    columns = max(0, rest - chunks * chunk - pairs * pair)
+    text = (
+        f"{chunks} chunks of {_mib(chunk)} MiB, {pairs:,} pairs of {dim:,} at a time, codes and tables "
+        f"up to {_mib(columns)} MiB in memory"
+    )
+    return DuplicatesMemory(_plan("near_duplicates", text, memory, memory, 1), chunks, pairs, columns)
+
+
+def diversity_memory(memory: int, *, candidates: int, dim: int, width: int, pool: int) -> DiversityMemory:
+    """Plan for ordering by distance: chunks that are gathered, a pool of the farthest rows, a number for each row.
+
+    Parameters
+    ----------
+    candidates
+        Rows that are put in order: each takes some bytes.
+    dim, width
+        Of the signatures, and of the vectors that are compared.
+    pool
+        Rows that are compared with each other at a time.
+
+    Raises
+    ------
+    LimitError
+        So many candidates do not fit.
+    """
+    chunk = max(_CHUNK_BYTES, 2 * dim)
+    gather = _ROTATED_BYTES * CODE_ROWS * dim + chunk
+    compare = 12 * pool * width + 4 * pool * (pool + 1_024) + _TILE_BYTES
+    fixed = _IDLE + _CANDIDATE_BYTES * candidates
+    least = fixed + max(gather, compare)
+    _refuse("diversity", least, memory, 1, remedy="use fewer candidates (selection.diversity.candidates)")
+    chunks = 2 if memory >= fixed + gather + 2 * chunk else 1
+    need = max(least, fixed + gather + (chunks - 1) * chunk)
+    text = f"{candidates:,} candidates of {width:,}, {pool:,} of them with each other at a time"
+    return DiversityMemory(_plan("diversity", text, need, memory, 1), chunks)
 
 
 def export_memory(memory: int) -> ExportMemory:
