@@ -1,75 +1,58 @@
-"""Charts of the report: Matplotlib figures as SVG that lives inside a page.
+"""Charts of the report: SVG that lives inside a page.
 
-A chart is drawn twice, for wide and for narrow screens, and the page's style sheet shows the one that fits.
-Text stays text (searchable, in the page's font). Colours are placeholders that become CSS variables, so a
-chart follows the reader's light or dark preference. Nothing in the result refers to anything outside it.
+A chart is drawn twice, for wide and for narrow screens, and the page's style sheet shows the one that fits and
+gives it its colours, so a chart follows the reader's light or dark preference. Text stays text, in the page's
+font. What colour tells, shape tells too. All marks of a kind are one path: 1,500 points take 25 KB.
 
-Labels may hold any text: Matplotlib's formula syntax is off, control characters are made visible, and
-Matplotlib escapes markup.
+Each drawing is an image with a title and a description for those who do not see it; the figures themselves
+stand in tables beside it. Labels may hold any text: it is made visible and escaped.
 """
 
 from __future__ import annotations
 
-import io
-import re
+import math
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from rise_ops.visible import visible
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+WIDE, NARROW = 960, 340
+"""Widths of drawings in CSS pixels: across the page, and on a phone or in a column."""
+_LETTER = 7.2
+"""Width of a character, about; text is 12.5 pixels high."""
+_RIDGE = 56
+"""Height of one group's histogram with its label."""
+_ARM = 2.8
+"""Half a cross."""
 
-WIDE, HALF, NARROW = 960, 460, 340
-"""Widths of drawings in CSS pixels: across the page, in two columns, on a phone."""
-
-_KEPT, _DROPPED, _TEXT, _FAINT, _GRID = "#01a001", "#02a002", "#03a003", "#04a004", "#05a005"
-_VARIABLES = {
-    _KEPT: "var(--kept)",
-    _DROPPED: "var(--dropped)",
-    _TEXT: "var(--text)",
-    _FAINT: "var(--faint)",
-    _GRID: "var(--line)",
-}
-_SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "text.parse_math": False,
-    "font.size": 13.0,
-    "axes.edgecolor": _GRID,
-    "axes.unicode_minus": True,
-}
-_ROW = 38
-"""Height of a labelled bar."""
+Span = tuple[float, float]
+Anchor = Literal["start", "middle", "end"]
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One labelled bar: a part that counts and a rest."""
+class Words:
+    """What a chart shows, for those who do not see it: its name and its content."""
 
-    label: str
-    note: str
-    part: float
-    rest: float = 0.0
-    muted: bool = False
+    title: str
+    description: str
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Five quantiles of a group: 5 %, 25 %, 50 %, 75 %, 95 %."""
+class Ridge:
+    """The histogram of one group among others."""
 
     label: str
     note: str
-    quantiles: tuple[float, float, float, float, float]
+    kept: Sequence[int]
+    dropped: Sequence[int]
 
 
-def histogram(edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int], *, unit: str, summary: str,
-              height: int = 230, wide: int = WIDE) -> Markup:  # fmt: skip
+def histogram(edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int], *, unit: str, words: Words,
+              cut: float | None = None, height: int = 240, wide: int = WIDE) -> Markup:  # fmt: skip
     """Counts of kept rows stacked on dropped ones.
 
     Parameters
@@ -80,68 +63,125 @@ def histogram(edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int
         Rows in each bin.
     unit
         What the horizontal axis shows.
-    summary
-        The chart in words, for those who do not see it.
+    cut
+        Where a line is drawn.
     height, wide
-        Of the wide drawing, in CSS pixels.
+        Of the wide drawing, in CSS pixels; `wide` may be NARROW.
+    """
+    total = [above + below for above, below in zip(kept, dropped, strict=True)]
+
+    def draw(width: int) -> _Drawing:
+        to = _Drawing(width, height, x=(edges[0], edges[-1]), y=(0, 1.08 * max(total, default=0) or 1))
+        to.rows_axis("rows", whole=True)
+        to.columns_axis(unit)
+        to.stairs(edges, [0] * len(total), dropped, "dropped")
+        to.stairs(edges, dropped, total, "kept")
+        to.zero_line()
+        if cut is not None:
+            to.mark(cut, "cut")
+        return to
+
+    return _responsive(draw, words, wide)
+
+
+def ridges(edges: Sequence[float], items: Sequence[Ridge], *, unit: str, words: Words,
+           cut: float | None = None) -> Markup:  # fmt: skip
+    """Histograms of groups over one axis, each to its own scale: shapes and places compare, heights do not."""
+    height = _RIDGE * len(items) + 52
+
+    def draw(width: int) -> _Drawing:
+        to = _Drawing(width, height, x=(edges[0], edges[-1]), y=(len(items), 0), left=2)
+        for number, item in enumerate(items):
+            total = [above + below for above, below in zip(item.kept, item.dropped, strict=True)]
+            foot, scale = number + 1.0, 0.6 / (max(total, default=0) or 1)
+            middle = [foot - scale * rows for rows in item.dropped]
+            to.stairs(edges, [foot] * len(total), middle, "dropped")
+            to.stairs(edges, middle, [foot - scale * rows for rows in total], "kept")
+            to.path(f"M{to.left} {to.down(foot):.1f}H{to.right}", "grid")
+            room = int((width - 12) / _LETTER) - len(item.note) - 2
+            to.text(to.left, to.down(number + 0.3), shortened(visible(item.label), max(room, 8)), "start", "name")
+            to.text(to.right, to.down(number + 0.3), item.note, "end")
+        to.columns_axis(unit)
+        to.zero_line()
+        if cut is not None:
+            to.mark(cut)
+        return to
+
+    return _responsive(draw, words)
+
+
+def curve(amounts: Sequence[float], value: Sequence[float], mean: Sequence[float], *, unit: str, here: float,
+          mark: str, words: Words) -> Markup:  # fmt: skip
+    """Value of the rows taken at each amount, and, dashed, the mean of all taken up to there.
+
+    Parameters
+    ----------
+    amounts
+        Taken so far, ascending.
+    unit
+        What they are.
+    here, mark
+        The amount at which a line is drawn, and what is written there.
     """
 
-    def draw(axes: Axes, width: int) -> None:
-        total = [above + below for above, below in zip(kept, dropped, strict=True)]
-        axes.stairs(total, edges, baseline=dropped, fill=True, color=_KEPT, linewidth=0)
-        axes.stairs(dropped, edges, fill=True, color=_DROPPED, linewidth=0)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.set_ylim(0, max(total, default=1) * 1.05 or 1)
-        if edges[0] < 0 < edges[-1]:
-            axes.axvline(0, color=_FAINT, linewidth=1, linestyle=(0, (3, 3)))
-        axes.set_xlabel(visible(unit), color=_FAINT)
-        axes.set_ylabel("rows", color=_FAINT)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == int(value) else "")
-        axes.locator_params(axis="x", nbins=9 if width == WIDE else 5)
-        axes.locator_params(axis="y", nbins=4)
-        axes.grid(axis="y", color=_GRID, linewidth=1)
+    def draw(width: int) -> _Drawing:
+        to = _Drawing(width, 290, x=(0, amounts[-1]), y=_padded([*value, *mean], 0.06))
+        to.rows_axis("value")
+        to.columns_axis(unit)
+        to.line(amounts, mean, "mean")
+        to.line(amounts, value, "line")
+        to.mark(here, mark)
+        return to
 
-    return _responsive(draw, height, summary, wide=wide)
+    return _responsive(draw, words)
 
 
-def bars(items: Sequence[Bar], *, summary: str) -> Markup:
-    """Horizontal bars, the label above each, the note at its right."""
+def scatter(kept: Sequence[tuple[float, float]], dropped: Sequence[tuple[float, float]], *, x: str, y: str,
+            words: Words, line: tuple[float, float, float] | None = None) -> Markup:  # fmt: skip
+    """Rows by two scores: dots for kept ones, crosses for dropped ones.
 
-    def draw(axes: Axes, width: int) -> None:
-        total = max((item.part + item.rest for item in items), default=0.0) or 1.0
-        axes.set_xlim(0, total)
-        for number, item in enumerate(items):
-            colour = _FAINT if item.muted else _KEPT
-            axes.barh(number, item.part, height=0.3, color=colour, linewidth=0)
-            axes.barh(number, item.rest, left=item.part, height=0.3, color=_DROPPED, linewidth=0)
-            _label(axes, number, item.label, item.note, width)
-        _rows(axes, len(items))
-        axes.get_xaxis().set_visible(False)
+    Parameters
+    ----------
+    line
+        `(a, b, c)`: a line is drawn where a·x + b·y = c, as far as it is in sight.
+    """
+    points = [*kept, *dropped]
 
-    return _responsive(draw, _ROW * max(len(items), 1) + 8, summary)
+    def draw(width: int) -> _Drawing:
+        across, up = (_padded([point[axis] for point in points], 0.03) for axis in (0, 1))
+        to = _Drawing(width, 440 if width == WIDE else 360, x=across, y=up)
+        to.rows_axis(y)
+        to.columns_axis(x, grid=True)
+        to.zero_line()
+        to.points(dropped, "dropped")
+        to.points(kept, "kept")
+        if line is not None:
+            to.straight(*line)
+        return to
+
+    return _responsive(draw, words)
 
 
-def spreads(items: Sequence[Spread], *, unit: str, summary: str) -> Markup:
-    """Quantiles of groups: thin line 5-95 %, thick line 25-75 %, dot at the median."""
+def whiskers(values: Sequence[float], errors: Sequence[float], kept: Sequence[bool], *, cut: float,
+             words: Words) -> Markup:  # fmt: skip
+    """Values in order, each with one standard error to either side: dots kept, crosses dropped."""
+    ends = [value + sign * error for value, error in zip(values, errors, strict=True) for sign in (-1, 1)]
 
-    def draw(axes: Axes, width: int) -> None:
-        low = min(item.quantiles[0] for item in items)
-        high = max(item.quantiles[4] for item in items)
-        margin = (high - low) * 0.03 or 0.01
-        axes.set_xlim(low - margin, high + margin)
-        for number, item in enumerate(items):
-            first, lower, middle, upper, last = item.quantiles
-            axes.hlines(number, first, last, color=_FAINT, linewidth=1.2)
-            axes.hlines(number, lower, upper, color=_KEPT, linewidth=6)
-            axes.plot([middle], [number], "o", color=_TEXT, markersize=5)
-            _label(axes, number, item.label, item.note, width)
-        if low < 0 < high:
-            axes.axvline(0, color=_FAINT, linewidth=1, linestyle=(0, (3, 3)))
-        _rows(axes, len(items))
-        axes.set_xlabel(visible(unit), color=_FAINT)
-        axes.locator_params(axis="x", nbins=9 if width == WIDE else 5)
+    def draw(width: int) -> _Drawing:
+        to = _Drawing(width, 270, x=(-0.7, len(values) - 0.3), y=_padded(ends, 0.05))
+        to.rows_axis("value")
+        to.text((to.left + to.right) / 2, to.height - 8, "rows by falling value", "middle")
+        step = 1 if width > NARROW else 2  # where there is no room, every second row
+        for name, fate in (("dropped", False), ("kept", True)):
+            places = [place for place in range(0, len(values), step) if kept[place] is fate]
+            bars = [(to.across(p), to.down(values[p] - errors[p]), to.down(values[p] + errors[p])) for p in places]
+            to.path("".join(f"M{at:.1f} {low:.1f}V{high:.1f}" for at, low, high in bars), f"error {name}")
+            to.points([(place, values[place]) for place in places], name)
+        to.path(f"M{to.left} {to.down(cut):.1f}H{to.right}", "cut")
+        to.text(to.right, to.down(cut) - 5, "cut", "end", "name")
+        return to
 
-    return _responsive(draw, _ROW * len(items) + 52, summary)
+    return _responsive(draw, words)
 
 
 def shortened(text: str, characters: int) -> str:
@@ -152,68 +192,159 @@ def shortened(text: str, characters: int) -> str:
     return f"{text[:head]}…{text[len(text) - (characters - 1 - head) :]}"
 
 
-def _label(axes: Axes, row: int, label: str, note: str, width: int) -> None:
-    room = (width - 20) // 8 - len(note) - 2
-    texts = ((shortened(visible(label), max(room, 8)), 0, "left", _TEXT), (visible(note), 1, "right", _FAINT))
-    for text, side, align, colour in texts:
-        axes.annotate(
-            text,
-            (side, row),
-            (0, 7),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha=align,
-            va="bottom",
-            color=colour,
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers from `low` to `high`: multiples of 1, 2 or 5 (Heckbert, 1990).
+
+    Examples
+    --------
+    >>> ticks(0, 1, 5)
+    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    >>> ticks(-3, 47, 4)
+    [0.0, 10.0, 20.0, 30.0, 40.0]
+    """
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(times for times, most in ((1, 1.5), (2, 3.5), (5, 7.5), (10, 10.1)) if rough < power * most)
+    digits = max(0, -math.floor(math.log10(step)))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, digits) + 0.0 for number in range(first, last + 1)]
+
+
+def brief(amount: float) -> str:
+    """A number in few characters.
+
+    Examples
+    --------
+    >>> [brief(amount) for amount in (0, -0.25, 950, 12_500, 3_000_000)]
+    ['0', '−0.25', '950', '12.5k', '3M']
+    """
+    power, letter = next((pair for pair in _POWERS if abs(amount) >= pair[0]), (1.0, ""))
+    return f"{amount / power:.4g}{letter}".replace("-", "−")
+
+
+_POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def _padded(values: Sequence[float], share: float) -> Span:
+    low, high = min(values), max(values)
+    margin = (high - low) * share or abs(high) * share or 1.0
+    return low - margin, high + margin
+
+
+@dataclass(slots=True)
+class _Drawing:
+    """Marks on a plane of `x` and `y` (each from where to where), in a picture of `width` and `height` pixels."""
+
+    width: int
+    height: int
+    x: Span
+    y: Span
+    left: int = 0
+    """Of the plane, in pixels; 0: room for the labels of the rows' axis."""
+    parts: list[Markup] = field(default_factory=list)
+
+    @property
+    def right(self) -> int:
+        return self.width - 6
+
+    @property
+    def bottom(self) -> int:
+        return self.height - 44
+
+    def across(self, x: float) -> float:
+        return self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)
+
+    def down(self, y: float) -> float:
+        top = 26 if self.y[1] > self.y[0] else 0
+        return self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - top)
+
+    def path(self, steps: str, look: str) -> None:
+        if steps:
+            self.parts.append(Markup('<path class="{}" d="{}"/>').format(look, steps))
+
+    def text(self, x: float, y: float, words: str, anchor: Anchor, look: str = "") -> None:
+        form = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}"{}>{}</text>')
+        self.parts.append(form.format(x, y, anchor, Markup(' class="{}"').format(look) if look else "", visible(words)))
+
+    def rows_axis(self, name: str, *, whole: bool = False) -> None:
+        """Lines and labels at round numbers of `y`; the axis' name above them."""
+        numbers = [at for at in ticks(*self.y, max(2, self.height // 55)) if not whole or at == int(at)]
+        labels = [brief(at) for at in numbers]
+        self.left = round(max((len(label) for label in labels), default=0) * _LETTER) + 12
+        for at, label in zip(numbers, labels, strict=True):
+            self.path(f"M{self.left} {self.down(at):.1f}H{self.right}", "grid")
+            self.text(self.left - 8, self.down(at) + 4, label, "end")
+        self.text(0, 12, name, "start")
+
+    def columns_axis(self, name: str, *, grid: bool = False) -> None:
+        """Labels at round numbers of `x`; the axis' name below them."""
+        for at in ticks(*self.x, max(3, (self.right - self.left) // (75 if self.width == NARROW else 105))):
+            if grid:
+                self.path(f"M{self.across(at):.1f} {self.bottom}V26", "grid")
+            # a label in the middle of the picture's edge would be cut off
+            room, here = len(brief(at)) * _LETTER / 2, self.across(at)
+            self.text(min(max(here, room), self.width - room), self.bottom + 17, brief(at), "middle")
+        self.text((self.left + self.right) / 2, self.height - 8, name, "middle")
+
+    def zero_line(self) -> None:
+        if self.x[0] < 0 < self.x[1]:
+            self.path(f"M{self.across(0):.1f} {self.bottom}V{self.down(self.y[1]):.1f}", "zero")
+        if self.y[0] < 0 < self.y[1]:
+            self.path(f"M{self.left} {self.down(0):.1f}H{self.right}", "zero")
+
+    def mark(self, x: float, words: str = "") -> None:
+        """A line from top to bottom where `x` is in sight, and what is written at its top."""
+        if not self.x[0] <= x <= self.x[1]:
+            return
+        here, end = self.across(x), x > (self.x[0] + self.x[1]) / 2
+        self.path(f"M{here:.1f} {self.bottom}V{min(self.down(self.y[0]), self.down(self.y[1])) - 12:.1f}", "cut")
+        if words:
+            self.text(here + (-6 if end else 6), 22, words, "end" if end else "start", "name")
+
+    def stairs(self, edges: Sequence[float], low: Sequence[float], high: Sequence[float], look: str) -> None:
+        """The area between two stairs."""
+        there = [f"V{self.down(y):.1f}H{self.across(end):.1f}" for y, end in zip(high, edges[1:], strict=True)]
+        back = [f"V{self.down(y):.1f}H{self.across(end):.1f}" for y, end in zip(low, edges[:-1], strict=True)]
+        start = f"M{self.across(edges[0]):.1f} {self.down(low[0]):.1f}"
+        self.path(f"{start}{''.join(there)}{''.join(reversed(back))}z", f"area {look}")
+
+    def line(self, x: Sequence[float], y: Sequence[float], look: str) -> None:
+        places = (f"{self.across(a):.1f} {self.down(b):.1f}" for a, b in zip(x, y, strict=True))
+        self.path("M" + "L".join(places), look)
+
+    def points(self, places: Iterable[tuple[float, float]], look: str) -> None:
+        """Dots (strokes of no length with round ends) for what is kept, crosses for the rest."""
+        arm, back = f"{_ARM}", f"{2 * _ARM}"
+        shape = "h0" if look == "kept" else f"m-{arm}-{arm}l{back} {back}m0-{back}l-{back} {back}"
+        steps = (f"M{self.across(a):.1f} {self.down(b):.1f}{shape}" for a, b in places)
+        self.path("".join(steps), f"points {look}")
+
+    def straight(self, a: float, b: float, c: float) -> None:
+        """Where a·x + b·y = c, cut at the plane's borders."""
+        ends = [(x, (c - a * x) / b) for x in self.x if b] + [((c - b * y) / a, y) for y in self.y if a]
+        slack = 1e-9
+        inside = sorted(
+            {
+                (round(x, 12), round(y, 12))
+                for x, y in ends
+                if all(low - slack <= at <= high + slack for at, (low, high) in ((x, self.x), (y, self.y)))
+            }
         )
+        if len(inside) > 1:
+            self.line([inside[0][0], inside[-1][0]], [inside[0][1], inside[-1][1]], "cut")
+
+    def svg(self, words: Words) -> Markup:
+        body = Markup("").join(self.parts)
+        name = f"c{zlib.crc32(f'{words.title}{self.width}{body}'.encode()):08x}"
+        return Markup(
+            '<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{name}t {name}d">'
+            '<title id="{name}t">{}</title><desc id="{name}d">{}</desc>{}</svg>'
+        ).format(self.width, self.height, visible(words.title), visible(words.description), body, name=name)
 
 
-def _rows(axes: Axes, count: int) -> None:
-    axes.set_ylim(count - 0.6, -0.75)
-    axes.get_yaxis().set_visible(False)
-    axes.spines["bottom"].set_visible(False)
-
-
-def _responsive(draw: Callable[[Axes, int], None], height: int, summary: str, *, wide: int = WIDE) -> Markup:
-    drawings = [_drawing(draw, width, height, summary) for width in (wide, NARROW)]
+def _responsive(draw: Callable[[int], _Drawing], words: Words, wide: int = WIDE) -> Markup:
+    """For both widths, unless one is enough."""
+    if wide == NARROW:
+        return Markup('<div class="chart">{}</div>').format(draw(NARROW).svg(words))
+    drawings = [draw(width).svg(words) for width in (wide, NARROW)]
     return Markup('<div class="chart"><div class="wide">{}</div><div class="narrow">{}</div></div>').format(*drawings)
-
-
-def _drawing(draw: Callable[[Axes, int], None], width: int, height: int, summary: str) -> Markup:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.patch.set_visible(False)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, labelcolor=_FAINT)
-        draw(axes, width)
-        return _inline(figure, width, height, summary)
-
-
-def _inline(figure: Figure, width: int, height: int, summary: str) -> Markup:
-    """The figure's SVG element alone, without ids, namespaces, metadata and global styles."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    body = buffer.getvalue()
-    body = body[body.index(">", body.index("<svg")) + 1 : body.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = _unique_ids(body)
-    for colour, variable in _VARIABLES.items():
-        body = body.replace(colour, variable)
-    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(visible(summary))}">'
-    return Markup(head + re.sub(r"\s*\n\s*", "\n", body) + "</svg>")
-
-
-def _unique_ids(body: str) -> str:
-    """Keep only ids that something refers to, and make those differ from chart to chart."""
-    used = dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
-    prefix = f"c{zlib.crc32(body.encode('utf-8')):08x}"
-    names = {name: f"{prefix}-{number}" for number, name in enumerate(used)}
-    body = re.sub(r' id="([^"]*)"', lambda match: f' id="{names[match[1]]}"' if match[1] in names else "", body)
-    return re.sub(r'(url\(#|href="#)([^")]+)', lambda match: match[1] + names[match[2]], body)

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that stands alone.
+"""The report of a run: one HTML page that stands alone, on which a person decides.
 
     runs/<run_id>/report.html
 
@@ -7,37 +7,69 @@ Reads only what the run left in the store: `run.json`, `decisions.parquet` (aggr
 targets no attribution) is left out, and the page says so.
 
 The page opens offline, holds no script and loads nothing: its content security policy forbids both. All text
-goes through `visible` and Jinja2's escaping; charts are SVG from `rise_ops.charts`.
+goes through `visible` and Jinja2's escaping; charts are SVG from `rise_ops.charts`. Each section is a template
+of its own in `templates/sections`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import polars as pl
 import yaml
 from markupsafe import Markup
 
-from rise_ops import charts
-from rise_ops.report_data import DecisionFigures, Histogram, SourceFigures, decision_figures
+from rise_ops import report_charts as drawn
+from rise_ops.report_budgets import Budgets, Unit, other_budgets
+from rise_ops.report_data import NO_LABEL, DecisionFigures, decision_figures
+from rise_ops.report_notices import notices, rule_text
+from rise_ops.report_rows import (
+    Beside,
+    NearDuplicateGroups,
+    Plane,
+    beside_the_cut,
+    contrast,
+    near_duplicate_groups,
+    plane,
+)
+from rise_ops.report_text import FILTERS
 from rise_ops.runs import read_run
 from rise_ops.store import Store
 from rise_ops.visible import visible
 
 REJECTED_SHOWN = 50
-QUERIES_SHOWN = 40
-"""Attributed queries on the page; the run's `examples.json` holds a few of each target."""
+QUERIES_SHOWN = 20
+"""Attributed queries on the page, as many of each target; the run's `examples.json` holds more."""
 REFERENCES_SHOWN = 20
 """Inputs or outputs listed of one stage."""
-TEXT_SHOWN = 1_200
+TEXT_SHOWN = 1_000
 """Characters of a row's text."""
+SHARES_SHOWN = 4
+"""Sources and labels whose shares are shown at other budgets."""
+STEPS = (
+    "no_prediction", "excluded_pattern", "excluded_target", "below_min_value", "below_percentile", "near_duplicate",
+    "not_sampled", "over_source_quota", "over_label_quota", "over_rows", "over_fraction", "over_tokens", "kept",
+)  # fmt: skip
+"""Reasons in the order in which a selection comes to them."""
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """All that the page shows of a run's decisions."""
+
+    figures: DecisionFigures
+    budgets: Budgets | None
+    plane: Plane | None
+    beside: Beside | None
+    duplicates: NearDuplicateGroups | None
 
 
 def report_key(run_id: str) -> str:
@@ -54,23 +86,31 @@ def render_report(store: Store, run_id: str) -> str:
         The store has no such run.
     """
     run = read_run(store, run_id)
-    figures = _decisions(store, run_id)
+    decided = _decisions(store, run)
+    figures = decided.figures if decided else None
     examples = _optional_json(store, f"runs/{run_id}/examples.json")
-    prefix = _common_folder([item.uri for item in figures.sources]) if figures else ""
-    page = _environment().get_template("report.html.j2")
-    return page.render(
-        run=run,
-        store_uri=store.uri,
-        figures=figures,
-        prefix=prefix,
-        charts=_charts(run, figures, prefix),
-        examples=examples,
-        queries=examples.get("queries", [])[:QUERIES_SHOWN],
-        evaluations=_evaluations(examples.get("evaluation")),
-        rejected=_rejected(store, run_id),
-        config=yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
-        limits={"text": TEXT_SHOWN, "rejected": REJECTED_SHOWN, "references": REFERENCES_SHOWN},
-    )
+    rejected = _rejected(store, run_id)
+    prefix = _common_folder(figures.sources.names) if figures else ""
+    shown = {
+        "run": run,
+        "store_uri": store.uri,
+        "decided": decided,
+        "figures": figures,
+        "by_value": _by_value(run),
+        "prefix": prefix,
+        "charts": _charts(run, decided, prefix) if decided else {},
+        "steps": _steps(run, figures) if figures else [],
+        "notices": notices(run, figures, rejected["total"] if rejected else 0),
+        "stability": (run.get("selection") or {}).get("stability"),
+        "examples": examples,
+        "queries": _queries(examples.get("queries") or []),
+        "evaluations": _evaluations(examples.get("evaluation")),
+        "rejected": rejected,
+        "stage_shares": drawn.stage_shares(run.get("stages") or []),
+        "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
+        "limits": {"text": TEXT_SHOWN, "rejected": REJECTED_SHOWN, "references": REFERENCES_SHOWN},
+    }
+    return _environment().get_template("report.html.j2").render(**shown, contents=_contents(shown))
 
 
 def write_report(store: Store, run_id: str) -> str:
@@ -93,17 +133,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": _count,
-        "signed": _signed,
-        "weight": lambda number: f"{number:+g}".replace("-", "−"),
-        "percent": _percent,
-        "duration": _duration,
-        "moment": _moment,
-        "short": _short,
-        "clip": _clip,
-        "unprefixed": lambda uri, prefix: str(uri).removeprefix(prefix) or str(uri),
-    }
+    environment.filters |= FILTERS
     return environment
 
 
@@ -112,11 +142,71 @@ def _readable(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _decisions(store: Store, run_id: str) -> DecisionFigures | None:
-    key = f"runs/{run_id}/decisions.parquet"
+def _contents(shown: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Sections of the page, each with its title in the list of contents."""
+    decided, examples = shown["decided"], shown["examples"]
+    sections = [
+        ("verdict", "Verdict", True),
+        ("steps", "What decided", decided),
+        ("budgets", "Other budgets", decided and decided.budgets),
+        ("values", "Values and scores", shown["charts"].get("value")),
+        ("groups", "Sources and labels", decided),
+        ("stability", "Stability", shown["stability"] or (decided and decided.beside)),
+        ("cut", "Next to the cut", examples.get("cut")),
+        ("rows", "Best and worst", examples.get("best") or examples.get("worst")),
+        ("rules", "What rules took", examples.get("dropped")),
+        ("duplicates", "Near-duplicates", decided and decided.duplicates),
+        ("attribution", "Attribution", shown["queries"]),
+        ("evaluation", "Evaluation", shown["evaluations"]),
+        ("rejected", "Rejected rows", shown["rejected"]),
+        ("run", "The run", True),
+        ("lineage", "Lineage", True),
+        ("reading", "How to read", True),
+    ]
+    return [(name, title) for name, title, there in sections if there]
+
+
+def _by_value(run: Json) -> bool:
+    """Whether rows were taken by falling value, not by chance or distance."""
+    selection = (run.get("config") or {}).get("selection") or {}
+    return not (selection.get("sample") or selection.get("diversity"))
+
+
+def _weights(run: Json) -> dict[str, float]:
+    config = run.get("config") or {}
+    return config.get("value") or dict.fromkeys(config.get("targets") or {}, 1.0)
+
+
+def _decisions(store: Store, run: Json) -> Decided | None:
+    key = f"runs/{run['run_id']}/decisions.parquet"
     if not store.exists(key):
         return None
-    return store.collected(key, lambda: decision_figures(store.scan_parquet([key])))
+    return store.collected(key, lambda: _decided(store.scan_parquet([key]), run))
+
+
+def _decided(decisions: pl.LazyFrame, run: Json) -> Decided:
+    selection = (run.get("config") or {}).get("selection") or {}
+    source = _source((selection.get("per_source") or {}).get("by"))
+    figures = decision_figures(decisions, source=source)
+    keep = selection.get("keep") or {}
+    unit: Unit = "rows" if keep.get("rows") or keep.get("fraction") else "tokens"
+    groups = {"sources": (source, figures.sources.names[:SHARES_SHOWN])}
+    if figures.labels:
+        groups["labels"] = (pl.col("label").fill_null(NO_LABEL), figures.labels.names[:SHARES_SHOWN])
+    pair = contrast(_weights(run), [found.column for found in figures.targets])
+    return Decided(
+        figures,
+        other_budgets(decisions, figures.cut, unit=unit, groups=groups) if figures.value else None,
+        plane(decisions, *pair) if pair else None,
+        beside_the_cut(decisions, figures.cut) if _by_value(run) else None,
+        near_duplicate_groups(decisions),
+    )
+
+
+def _source(by: str | None) -> pl.Expr:
+    """What the selection's quotas take for a source, as far as a row's place tells."""
+    uri = pl.col("source_uri")
+    return uri.str.replace(r"[^/]*$", "") if by == "folder" else uri
 
 
 def _optional_json(store: Store, key: str) -> Json:
@@ -139,6 +229,28 @@ def _rejected(store: Store, run_id: str) -> Json | None:
     }
 
 
+def _steps(run: Json, figures: DecisionFigures) -> list[Json]:
+    """What each rule took, in the order of the rules, and what was left after it."""
+    order = {reason: number for number, reason in enumerate(STEPS)}
+    reasons = sorted(figures.reasons, key=lambda found: (order.get(found.reason, 0), found.rule or ""))
+    left, tokens, steps = figures.rows, figures.tokens, []
+    for found in reasons:
+        if found.reason != "kept":
+            left, tokens = left - found.rows, tokens - found.tokens
+        steps.append(
+            {"reason": found.reason, "rule": found.rule, "says": rule_text(run, found.rule), "rows": found.rows,
+             "tokens": found.tokens, "left": left, "tokens_left": tokens}
+        )  # fmt: skip
+    return steps
+
+
+def _queries(queries: Sequence[Json]) -> list[Json]:
+    """As many of each target, in order."""
+    targets = list(dict.fromkeys(query["target"] for query in queries))
+    each = max(1, QUERIES_SHOWN // max(1, len(targets)))
+    return [query for name in targets for query in [one for one in queries if one["target"] == name][:each]]
+
+
 def _evaluations(evaluation: Any) -> list[tuple[str, Json]]:
     """One evaluation, or one for each target, as pairs of title and figures."""
     if not isinstance(evaluation, Mapping) or not evaluation:
@@ -153,66 +265,22 @@ def _by_k(found: Mapping[str, Any]) -> dict[str, Json]:
     return dict(sorted(found["top_k"].items(), key=lambda item: int(item[0])))
 
 
-def _charts(run: Json, figures: DecisionFigures | None, prefix: str) -> dict[str, Any]:
-    drawn: dict[str, Any] = {"targets": []}
-    if figures and figures.value:
-        drawn["value"] = _value_chart(figures.value, unit="value")
-        drawn["targets"] = [
-            (target, _value_chart(target, unit=f"score on {target.column}", height=200, wide=charts.HALF))
-            for target in figures.targets
-        ]
-    if figures and figures.sources:
-        drawn["sources"] = _source_chart(figures.sources, prefix)
-        spread = [item for item in figures.sources if item.quantiles]
-        drawn["spreads"] = _spread_chart(spread, prefix) if spread else None
-    if run.get("stages"):
-        drawn["stages"] = _stage_chart(run["stages"])
-    return drawn
-
-
-def _value_chart(histogram: Histogram, *, unit: str, height: int = 240, wide: int = charts.WIDE) -> Markup:
-    summary = (
-        f"Histogram of {unit} over {sum(histogram.kept):,} kept and {sum(histogram.dropped):,} dropped rows, "
-        f"from {_signed(histogram.low)} to {_signed(histogram.high)}"
-    )
-    return charts.histogram(
-        histogram.edges, histogram.kept, histogram.dropped, unit=unit, summary=summary, height=height, wide=wide
-    )
-
-
-def _source_chart(sources: tuple[SourceFigures, ...], prefix: str) -> Markup:
-    items = [
-        charts.Bar(
-            item.uri.removeprefix(prefix) or item.uri,
-            f"{item.kept:,} of {item.rows:,} kept",
-            item.kept,
-            item.rows - item.kept,
-        )
-        for item in sources
-    ]
-    return charts.bars(items, summary="Rows kept and dropped of each source; the table below has the figures")
-
-
-def _spread_chart(sources: list[SourceFigures], prefix: str) -> Markup:
-    items = [
-        charts.Spread(item.uri.removeprefix(prefix) or item.uri, f"median {_signed(item.quantiles[2])}", item.quantiles)
-        for item in sources
-        if item.quantiles
-    ]
-    return charts.spreads(items, unit="value", summary="Spread of the value in each source, 5 % to 95 % of its rows")
-
-
-def _stage_chart(stages: list[Json]) -> Markup:
-    items = [
-        charts.Bar(
-            str(stage.get("name")),
-            _duration(stage.get("seconds")) + (" · from cache" if stage.get("cached") else ""),
-            float(stage.get("seconds") or 0.0),
-            muted=bool(stage.get("cached")),
-        )
-        for stage in stages
-    ]
-    return charts.bars(items, summary="Time of each stage; the table below has the figures")
+def _charts(run: Json, decided: Decided, prefix: str) -> Json:
+    figures = decided.figures
+    found: Json = {}
+    if figures.value:
+        found["value"] = drawn.value_chart(figures.value, figures.cut)
+        found["targets"] = [(target, drawn.target_chart(target)) for target in figures.targets]
+        found["sources"] = drawn.group_chart(figures.sources, figures.value, figures.cut, kind="source", prefix=prefix)
+        if figures.labels:
+            found["labels"] = drawn.group_chart(figures.labels, figures.value, figures.cut, kind="label")
+    if decided.budgets:
+        found["budgets"] = drawn.budget_chart(decided.budgets, figures)
+    if decided.plane:
+        found["plane"] = drawn.plane_chart(decided.plane, _weights(run), figures.cut, by_value=_by_value(run))
+    if decided.beside and figures.cut.value is not None:
+        found["beside"] = drawn.beside_chart(decided.beside, figures.cut.value)
+    return found
 
 
 def _common_folder(uris: list[str]) -> str:
@@ -221,52 +289,3 @@ def _common_folder(uris: list[str]) -> str:
         return ""
     shared = next((n for n, letters in enumerate(zip(*uris, strict=False)) if len(set(letters)) > 1), 0)
     return uris[0][: uris[0].rfind("/", 0, shared) + 1]
-
-
-def _count(value: Any) -> str:
-    return "–" if not isinstance(value, int | float) else f"{value:,.0f}"
-
-
-def _signed(value: Any) -> str:
-    """A score with its sign and three digits that matter."""
-    if not isinstance(value, int | float) or value != value:
-        return "–"
-    if value == 0:
-        return "0"
-    text = f"{abs(value):.3f}" if abs(value) >= 0.1 else f"{abs(value):.3g}"
-    return f"{'−' if value < 0 else '+'}{text}"
-
-
-def _percent(part: Any, whole: Any = 1) -> str:
-    if not isinstance(part, int | float) or not isinstance(whole, int | float) or not whole:
-        return "–"
-    share = 100 * part / whole
-    return f"{share:.1f} %" if 0 < share < 99.95 and round(share, 1) != round(share) else f"{share:.0f} %"
-
-
-def _duration(seconds: Any) -> str:
-    if not isinstance(seconds, int | float):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _moment(text: Any) -> str:
-    try:
-        return f"{datetime.fromisoformat(str(text)):%d %B %Y, %H:%M:%S} UTC"
-    except ValueError:
-        return "–"
-
-
-def _short(identity: Any) -> str:
-    return str(identity)[:12] if isinstance(identity, str) else "–"
-
-
-def _clip(text: Any, characters: int) -> str:
-    whole = str(text)
-    if len(whole) <= characters:
-        return whole
-    return f"{whole[:characters]} … ({len(whole) - characters:,} more characters)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 
 from rise_ops.errors import ConfigError
 from rise_ops.report import render_report, write_report
-from rise_ops.report_data import decision_figures
 from rise_ops.store import Store
+from tests.report_runs import RUN as SYNTHETIC
+from tests.report_runs import run_record as synthetic_record
+from tests.report_runs import synthetic_decisions, write_synthetic_run
 
 RUN = "20260131T120000-demo-1a2b3c"
 HOSTILE = (
@@ -167,12 +170,20 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run of 100,000 rows that has everything."""
+    store = Store(str(tmp_path_factory.mktemp("whole")))
+    write_synthetic_run(store, 100_000)
+    return render_report(store, SYNTHETIC)
+
+
 def test_page_is_well_formed_and_shows_the_numbers(store: Store) -> None:
     page = Page(render_report(store, RUN))
     assert page.open == []
     for shown in ("400 of 500 rows", "80 %", "345", "155 reused", "over fraction", "no prediction", "1,234,567",
                   "0.955", "0.961", "3.25 s", "from cache", "4,321", "−0.400", "8 rows could not be used",
-                  "31 January 2026", "demo/000000000001", "3,800 more characters"):  # fmt: skip
+                  "31 January 2026", "demo/000000000001", "4,000 more characters"):  # fmt: skip
         assert shown in page.text, shown
     assert page.text.index("0.975") < page.text.index("0.955")  # K = 5 before K = 10
 
@@ -210,14 +221,18 @@ def test_page_refers_to_nothing_outside_itself(store: Store) -> None:
     assert policy is not None and policy.startswith("default-src 'none'") and "script-src" not in policy
 
 
-def test_charts_keep_labels_as_text_and_follow_the_theme(store: Store) -> None:
+def test_charts_keep_labels_as_text_and_say_what_they_show(store: Store) -> None:
     html = render_report(store, RUN)
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(drawings) == 10  # value, one target, sources, spreads, stages: each wide and narrow
-    assert all('role="img"' in drawing and "aria-label=" in drawing for drawing in drawings)
+    assert len(drawings) == 5  # value and sources, each wide and narrow, and one target
+    for drawing in drawings:
+        assert re.match(
+            r'<svg viewBox="0 0 \d+ \d+" role="img" aria-labelledby="(\w+)t \1d"><title id="\1t">[^<]+</title>'
+            r'<desc id="\1d">[^<]+</desc>',
+            drawing,
+        )
+        assert "style=" not in drawing and "#" not in drawing  # colours come with the theme
     assert any("$x_{y$.parquet" in drawing for drawing in drawings)
-    assert "var(--kept)" in drawings[0]
-    assert not re.search(r"#0[1-5]a00[1-5]", html)
 
 
 def test_failed_run_without_decisions(tmp_path: Path) -> None:
@@ -251,30 +266,100 @@ def test_report_is_written_once(store: Store) -> None:
     assert store.get(f"runs/{RUN}/report.html") == first == render_report(store, RUN).encode()
 
 
-def test_figures_agree_with_plain_counting() -> None:
-    frame = decisions()
-    figures = decision_figures(frame.lazy())
-    assert (figures.rows, figures.kept, figures.tokens, figures.tokens_kept) == (500, 400, 5000, 4000)
-    assert figures.unvalued == 1
-    assert figures.value is not None
-    assert sum(figures.value.kept) == 400 and sum(figures.value.dropped) == 99
-    assert {reason: rows for reason, rows, _ in figures.reasons} == {
-        "kept": 400,
-        "over_fraction": 99,
-        "no_prediction": 1,
-    }
-    for source in figures.sources:
-        mine = frame.filter(pl.col("source_uri") == source.uri)
-        assert (source.rows, source.kept) == (mine.height, mine["kept"].sum())
-        assert source.mean_value == pytest.approx(mine["value"].mean(), abs=1e-6)
-        assert source.quantiles is not None
-        assert source.quantiles[2] == pytest.approx(mine["value"].median(), abs=5e-3)
+def test_a_whole_run_shows_every_section_of_the_contents(whole: str) -> None:
+    page = Page(whole)
+    assert page.open == []
+    links = re.findall(r'<li><a href="#(\w+)">', whole)
+    assert links == [
+        "verdict", "steps", "budgets", "values", "groups", "stability", "cut", "rows", "rules", "duplicates",
+        "attribution", "run", "lineage", "reading",
+    ]  # fmt: skip
+    sections = [attributes for tag, attributes in page.tags if tag == "section"]
+    headings = {attributes.get("id") for tag, attributes in page.tags if tag == "h2"}
+    assert [each["id"] for each in sections] == links
+    assert all(each["aria-labelledby"] in headings for each in sections)
 
 
-def test_many_sources_are_summed_up() -> None:
-    frame = decisions().with_columns(source_uri=pl.format("s3://raw/{}.jsonl", pl.int_range(pl.len()) % 100))
-    figures = decision_figures(frame.lazy())
-    assert figures.source_count == 100
-    assert len(figures.sources) == 21
-    assert sum(source.rows for source in figures.sources) == ROWS
-    assert figures.sources[-1].uri == "80 smaller sources"
+def test_a_page_of_100_000_rows_is_small_and_says_what_it_samples(whole: str) -> None:
+    assert len(whole.encode()) < 1_000_000
+    text = Page(whole).text
+    assert "A sample: 1,500 of 100,000 rows" in text and "A sample: 60 of the" in text
+
+
+def test_the_steps_leave_what_is_kept(store: Store, tmp_path: Path) -> None:
+    other = Store(str(tmp_path / "other"))
+    frame = write_synthetic_run(other, 3_000)
+    table = re.findall(r"<tbody>(.*?)</tbody>", render_report(other, SYNTHETIC), flags=re.DOTALL)[0]
+    left = [int(row.split("</td>")[3].rsplit(">", 1)[1].replace(",", "")) for row in table.split("</tr>")[:-1]]
+    order = (
+        "no_prediction",
+        "excluded_pattern",
+        "excluded_target",
+        "near_duplicate",
+        "over_source_quota",
+        "over_tokens",
+    )
+    gone = [frame.filter(pl.col("reason") == reason).height for reason in order]
+    kept = frame["kept"].sum()
+    assert left == [frame.height - sum(gone[: n + 1]) for n in range(len(gone))] + [kept]
+    for shown in ("target backdoor, top_rows 15", "pattern as an ai", "cosine 0.98"):
+        assert shown in table
+
+
+def test_tables_have_headers_and_regions_have_names(whole: str) -> None:
+    page = Page(whole)
+    cells = [attributes for tag, attributes in page.tags if tag == "th"]
+    assert cells and all(attributes.get("scope") in {"col", "row"} for attributes in cells)
+    reached = [(tag, attributes) for tag, attributes in page.tags if attributes.get("tabindex") == "0"]
+    assert all(attributes.get("role") and attributes.get("aria-label") for _, attributes in reached)
+    names = [a["aria-label"] for t, a in page.tags if a.get("role") == "region"]
+    assert len(names) == len(set(names))
+    order = [int(re.sub(r"\D", "", tag)) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert order[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(order))
+
+
+def test_marked_tokens_are_told_without_colour_and_stay_text(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    text = "howdy! <b>partner</b>"
+    tokens = [
+        {"text": "howdy!", "start": 0, "end": 6, "score": 0.4},
+        {"text": "<b>", "start": 7, "end": 10, "score": -0.12},
+        {"text": "partner", "start": 10, "end": 17, "score": 0.001},
+        {"text": "out of the text", "start": 90, "end": 99, "score": 0.2},
+    ]
+    query = {"target": "good", "query": "howdy", "prompt": None, "bottom": [],
+             "top": [hit(text, score=0.5, tokens=tokens, query_tokens=[])]}  # fmt: skip
+    store.create_json(f"runs/{RUN}/run.json", run_record())
+    store.create_json(f"runs/{RUN}/examples.json", {"format_version": 1, "queries": [query]})
+    html = render_report(store, RUN)
+    assert (
+        '<mark class="p4" title="+0.400">howdy!</mark> '
+        '<mark class="m2" title="−0.120">&lt;b&gt;</mark>partner&lt;/b&gt;'
+    ) in html
+    assert re.search(r'class="carried"><span><bdi class="mono">howdy!</bdi> \+0.400</span>', html)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"stability": {"warning": "the sketch is too narrow"}}, "the sketch is too narrow"),
+        ({"keep": {"tokens": 10**9}}, "selection.keep.tokens allows 1,000,000,000 tokens"),
+        (
+            {"exclude": [{"pattern": "as an ai"}, {"target": "backdoor"}, {"pattern": "mispelt"}]},
+            "selection.exclude[2]",
+        ),
+        ({"per_label": {"groups": {"rare": {"min_rows": 30}}}}, "at least 30 rows of label rare"),
+    ],
+)
+def test_notices_tell_what_to_look_at(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    store = Store(str(tmp_path))
+    frame = synthetic_decisions(3_000)
+    if "keep" in changes:
+        frame = frame.with_columns(reason=pl.col("reason").replace("over_tokens", "near_duplicate"))
+    record = synthetic_record(frame)
+    record["selection"]["stability"] |= changes.pop("stability", {})
+    record["config"]["selection"] |= changes
+    store.create_json(f"runs/{SYNTHETIC}/run.json", record)
+    put_frame(store, f"runs/{SYNTHETIC}/decisions.parquet", frame)
+    html = render_report(store, SYNTHETIC)
+    assert told in html.split('<ul class="notices">')[1].split("</ul>")[0]
