@@ -7,7 +7,6 @@ the lengths. Keys share a bucket by chance about once a row; who asks compares w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ from rise_ops.scratch import Scratch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / φ: multiplicative hashing (Knuth, 1973)
 
-IntArray = npt.NDArray[np.integer[Any]]
+Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
 
@@ -43,7 +42,7 @@ class Chains:
         self._first = scratch.column(f"{name}-first", (tables << bits,), np.int32)
         self._next = scratch.column(f"{name}-next", (tables * rows,), np.int32)
 
-    def walk(self, table: int, keys: UInt64Array) -> Iterator[tuple[IntArray, IntArray]]:
+    def walk(self, table: int, keys: UInt64Array) -> Iterator[tuple[Int64Array, Int64Array]]:
         """Rows whose keys share a bucket with these, one chain link at a time: positions in `keys`, and rows.
 
         The last added come first. A position comes once in each step.
@@ -58,7 +57,7 @@ class Chains:
             yield asking, found
             links = self._next.take(table * self._rows + found)
 
-    def add(self, table: int, keys: UInt64Array, rows: IntArray) -> None:
+    def add(self, table: int, keys: UInt64Array, rows: Int64Array) -> None:
         """Add rows under their keys, the last of a bucket in front."""
         if not len(rows):
             return

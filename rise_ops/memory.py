@@ -40,9 +40,9 @@ _POLARS_IDLE = 96 * MIB  # the same, with Polars' joins and readers
 _READER_BYTES = 48 * MIB  # a decoded batch of table rows, and some megabytes of it as Python values
 _SLICE_BYTES = 1_536  # a row of decisions: its columns in Polars, joined with its place, and written
 _FUSED_BYTES = 64  # one of a query's best rows, merged and sorted by place
-CODE_ROWS = 64
+CODE_ROWS = 32
 """Signatures that are rotated at a time."""
-_ROTATED_BYTES = 24  # an entry of these: float32, padded to a power of two, in two buffers
+_ROTATED_BYTES = 48  # an entry of these: float32, padded to a power of two, in five buffers
 _BATCH_BYTES = 48 * MIB  # rows that are decided together: which of them are candidates of each other, their codes
 _PAIR_BYTES = 28  # an entry of two signatures whose cosine is computed: float16, float32, squares and products
 _TILE_BYTES = 24 * MIB  # vectors of a tile, float16 and float32
