@@ -1,7 +1,12 @@
-"""Examples for people: the best and worst rows of a run, and what some queries attribute to.
+"""Examples for people: rows by which a selection is judged, and what some queries attribute to.
 
-    runs/<run_id>/examples.json   {best, worst, queries: [{target, query, prompt, top, bottom}], evaluation}
+    runs/<run_id>/examples.json   {best, worst, cut: {kept, dropped}, dropped: {<reason>: rows},
+                                   near_duplicates: [{size, stayed, dropped}],
+                                   queries: [{target, query, prompt, top, bottom}], evaluation}
 
+`best` and `worst` are the ends of the corpus by value; `cut` has the last rows that were kept and the first that
+another budget would keep, in the order of the run; `dropped` the best rows that went for each other reason;
+`near_duplicates` the largest groups, with the row that stayed for them (`rise_ops.judged_rows` chooses them).
 Texts are cut to TEXT_CHARACTERS; the whole text is in the block.
 """
 
@@ -13,7 +18,8 @@ from typing import Any
 import polars as pl
 
 from rise_ops.attribution import Attribution, Hit, explain
-from rise_ops.corpus import CorpusVersion, read_block
+from rise_ops.corpus import CorpusVersion
+from rise_ops.judged_rows import TEXT_CHARACTERS, judged_rows
 from rise_ops.parts import Part
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
@@ -22,11 +28,9 @@ from rise_ops.targets import read_target
 from rise_ops.valuation import read_extremes
 
 FORMAT_VERSION = 1
-ROWS = 10
 QUERIES = 5
 """Queries shown of each target: the first ones."""
 HITS = 5
-TEXT_CHARACTERS = 2_000
 _ROWS_AT_ONCE = 65_536
 
 Json = dict[str, Any]
@@ -48,7 +52,6 @@ def write_examples(store: Store, version: CorpusVersion, blocks: Sequence[str], 
     parts
         The scored parts, in order.
     """
-    best, worst = _edges(store, run_id)
     nearest = read_extremes(store, parts, k=HITS, where=pl.col("query") < QUERIES)
     queries = []
     for name, target in targets.items():
@@ -63,35 +66,12 @@ def write_examples(store: Store, version: CorpusVersion, blocks: Sequence[str], 
         examples_key(run_id),
         {
             "format_version": FORMAT_VERSION,
-            "best": best,
-            "worst": worst,
+            **judged_rows(store, run_id),
             "queries": queries,
             "evaluation": evaluation,
         },
     )
     return examples_key(run_id)
-
-
-def _edges(store: Store, run_id: str) -> tuple[list[Json], list[Json]]:
-    """The highest and lowest valued rows."""
-    decisions = store.scan_parquet([decisions_key(run_id)])
-    key = decisions_key(run_id)
-    ranked = store.collected(key, lambda: decisions.select(pl.col("rank").max()).collect().item())
-    columns = ["doc_id", "value", "rank", "kept", "source_uri", "source_row", "block_id", "block_row"]
-    edges = decisions.filter((pl.col("rank") <= ROWS) | (pl.col("rank") > ranked - ROWS)).select(columns).sort("rank")
-    rows = store.collected(key, lambda: edges.collect(engine="streaming"))
-    texts = {
-        (block, row): read_block(store, block, columns=["text"])["text"][row]
-        for block, row in rows.select("block_id", "block_row").iter_rows()
-    }
-    items: list[Json] = [
-        {
-            **{name: row[name] for name in columns[:6]},
-            "text": texts[row["block_id"], row["block_row"]][:TEXT_CHARACTERS],
-        }
-        for row in rows.iter_rows(named=True)
-    ]
-    return items[:ROWS], items[::-1][:ROWS]
 
 
 def _query(target: str, attribution: Attribution) -> Json:

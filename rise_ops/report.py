@@ -152,7 +152,7 @@ def _contents(shown: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("values", "Values and scores", shown["charts"].get("value")),
         ("groups", "Sources and labels", decided),
         ("stability", "Stability", shown["stability"] or (decided and decided.beside)),
-        ("cut", "Next to the cut", examples.get("cut")),
+        ("cut", "Next to the cut", (examples.get("cut") or {}).get("dropped")),
         ("rows", "Best and worst", examples.get("best") or examples.get("worst")),
         ("rules", "What rules took", examples.get("dropped")),
         ("duplicates", "Near-duplicates", decided and decided.duplicates),

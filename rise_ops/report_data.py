@@ -139,7 +139,7 @@ def decision_figures(decisions: pl.LazyFrame, *, source: pl.Expr | None = None) 
     targets = [name for name in columns if name.startswith(SCORE)]
     ranges = _ranges(decisions, ["value", *targets])
     reasons = _reasons(decisions, columns)
-    cut = _cut(decisions, columns)
+    cut = find_cut(decisions)
     value = _histogram(decisions, "value", ranges)
     scored = [found for name in targets if (found := _histogram(decisions, name, ranges)) is not None]
     shared: dict[str, Any] = {"targets": [f"{SCORE}{found.column}" for found in scored], "value": value, "cut": cut}
@@ -194,9 +194,10 @@ def _reasons(decisions: pl.LazyFrame, columns: Collection[str]) -> list[Reason]:
     return [Reason(**row) for row in table.iter_rows(named=True)]
 
 
-def _cut(decisions: pl.LazyFrame, columns: Collection[str]) -> Cut:
+def find_cut(decisions: pl.LazyFrame) -> Cut:
+    """Where the kept rows end, those that a quota's minimum holds aside."""
     values = pl.col("value").filter(pl.col("value").is_finite())
-    if "rank" not in columns:
+    if "rank" not in decisions.collect_schema().names():
         lowest = decisions.filter("kept").select(values.min()).collect(engine="streaming").item()
         return Cut(lowest, None, None)
     first = decisions.filter(pl.col("reason").is_in(BUDGET)).select(pl.col("rank").cast(pl.Int64).min())

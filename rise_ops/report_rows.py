@@ -6,7 +6,7 @@ same on every machine, and hardly moves when the corpus grows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -21,6 +21,8 @@ _REACH = 4.0
 GROUP_SIZES = ((2, 2), (3, 3), (4, 5), (6, 10), (11, None))
 _GROUPS_AT_ONCE = 4_000_000
 """Near-duplicates whose groups are counted in one pass: 16 bytes and a hash table's room each."""
+# not strict: a scan may look at rows that have none before it leaves them out
+_LEADER = pl.col("duplicate_of").str.head(16).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,22 +115,38 @@ def near_duplicate_groups(decisions: pl.LazyFrame) -> NearDuplicateGroups | None
     dropped = gone.select(pl.len()).collect(engine="streaming").item()
     if not dropped:
         return None
-    passes = -(-dropped // _GROUPS_AT_ONCE)
-    leader = pl.col("duplicate_of").str.head(16).str.to_integer(base=16, dtype=pl.UInt64)
     counted = [
-        gone.select(leader.alias("leader"))
-        .filter(pl.col("leader") % passes == number)
-        .group_by("leader")
-        .agg((pl.len() + 1).alias("size"))
-        .group_by("size")
-        .agg(pl.len().alias("groups"))
-        .collect(engine="streaming")
-        for number in range(passes)
+        groups.group_by(size=pl.col("dropped") + 1).agg(pl.len().alias("groups")).collect(engine="streaming")
+        for groups in _grouped(gone, dropped)
     ]
     sizes = pl.concat(counted).group_by("size").agg(pl.col("groups").sum()).sort("size")
     return NearDuplicateGroups(
         groups=int(sizes["groups"].sum()), dropped=dropped, largest=int(sizes["size"][-1]), sizes=_by_size(sizes)
     )
+
+
+def largest_groups(decisions: pl.LazyFrame, count: int) -> list[str]:
+    """`doc_id` of the rows that stayed for most near-duplicates, the most first."""
+    if "duplicate_of" not in decisions.collect_schema().names():
+        return []
+    gone = decisions.filter(pl.col("reason") == "near_duplicate")
+    dropped = gone.select(pl.len()).collect(engine="streaming").item()
+    if not dropped:
+        return []
+    found = [
+        groups.top_k(count, by=["dropped", "leader"]).collect(engine="streaming") for groups in _grouped(gone, dropped)
+    ]
+    largest = pl.concat(found).top_k(count, by=["dropped", "leader"])["leader"]
+    named = gone.filter(_LEADER.is_in(largest.to_list())).group_by("duplicate_of").len().collect(engine="streaming")
+    return named.sort("len", "duplicate_of", descending=[True, False])["duplicate_of"].to_list()
+
+
+def _grouped(gone: pl.LazyFrame, dropped: int) -> Iterator[pl.LazyFrame]:
+    """`leader` (the first 8 bytes of its `doc_id`) and `dropped` rows of each group, some groups at a time."""
+    passes = -(-dropped // _GROUPS_AT_ONCE)
+    leaders = gone.select(leader=_LEADER)
+    for number in range(passes):
+        yield leaders.filter(pl.col("leader") % passes == number).group_by("leader").agg(pl.len().alias("dropped"))
 
 
 def _by_size(sizes: pl.DataFrame) -> tuple[tuple[str, int, int], ...]:

@@ -13,10 +13,11 @@ from rise_ops import attribution
 from rise_ops.attribution import Attribution, Hit, attribute, explain, find_extremes
 from rise_ops.config import KeepConfig, load_config
 from rise_ops.evaluation import Label, evaluate_corpus
-from rise_ops.examples import HITS, QUERIES, ROWS, examples_key, write_examples
+from rise_ops.examples import HITS, QUERIES, examples_key, write_examples
 from rise_ops.index import prepare_index
 from rise_ops.indexing import sketch_blocks
 from rise_ops.ingest import ingest_corpus
+from rise_ops.judged_rows import ROWS
 from rise_ops.selection import decide
 from rise_ops.session import block_rows, open_signer
 from rise_ops.store import Store
