@@ -1,8 +1,8 @@
 """Attribution: which rows of the corpus made the model say something.
 
 For each query the rows with the highest influence (training on them made the text likelier) and, if asked,
-the lowest (made it less likely), with their text and where they stand in the sources. Exact: every row of
-the index is scored, in one pass for all queries.
+the lowest (made it less likely), with their text and where they stand in the sources. Exact (`rise_ops.search`): every
+row of the index is scored, in one pass for all queries; or faster, over the codes of the index.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import numpy as np
 import polars as pl
 
 from rise_ops.alive import alive_if_possible
-from rise_ops.config import CurationConfig
+from rise_ops.code_search import search_codes
+from rise_ops.config import CurationConfig, SimHashConfig
 from rise_ops.corpus import CorpusVersion, placements, read_block
+from rise_ops.filters import EVERY_ROW, RowFilter
+from rise_ops.memory import value_memory
 from rise_ops.progress import Progress, silent
 from rise_ops.rows import CanonicalRow
-from rise_ops.scan import Extremes, score_blocks
+from rise_ops.scan import BLOCK_SHIFT, DEFAULT_MEMORY
+from rise_ops.search import Found, Wanted, search
 from rise_ops.session import open_indexed, open_queries
 from rise_ops.store import Store
 from rise_ops.targets import Target
-from rise_ops.valuation import extremes_frames, merge_extremes
 
 _BLOCKS_AT_ONCE = 32
 _LOCATED = ("doc_id", "text", "source_uri", "source_row")
@@ -63,35 +66,93 @@ class Attribution:
 
 
 def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow], *, k: int,
+              version: int | None = None, only: RowFilter = EVERY_ROW, rescore: int | None = None,
               progress: Progress = silent) -> list[Attribution]:  # fmt: skip
     """The k most and least influential rows of the configured corpus, for each query.
 
+    Parameters
+    ----------
+    version
+        Version of the corpus; the current one where None.
+    only
+        Sources and labels that are searched.
+    rescore
+        Where given, the codes of the index are searched instead of its signatures (`rise_ops.code_search`).
+
     Raises
     ------
+    ConfigError
+        There is no such version, source or column.
     SourceError, ModelError
-        Nothing was ingested, or the corpus is not wholly in the index of this model and sketch.
+        Nothing was ingested, or the corpus is not wholly in the index of this model and sketch, or there are no codes.
     """
     with alive_if_possible(store, "attribution"):
-        indexed = open_indexed(store, config)
+        indexed = open_indexed(store, config, version=version)
         target = open_queries(store, config, indexed.index_id, rows)
-        extremes = find_extremes(store, indexed.index_id, indexed.blocks, {"queries": target}, k=k, progress=progress)
-        return explain(store, indexed.version, indexed.blocks, target, extremes)
+        codes = None if rescore is None else (config.simhash or SimHashConfig(), rescore)
+        extremes = find_extremes(
+            store, indexed.index_id, indexed.blocks, {"queries": target}, k=k,
+            wanted=only.wanted(store, indexed.version), codes=codes, memory=int(config.limits.memory),
+            progress=progress,
+        )  # fmt: skip
+        return explain(store, indexed.version, indexed.blocks, target, extremes, only=only)
 
 
 def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: Mapping[str, Target], *, k: int,
-                  progress: Progress = silent) -> pl.DataFrame:  # fmt: skip
-    """The k highest and lowest rows of each query: target, query, side, block, block_row, score, rank."""
+                  wanted: Wanted | None = None, codes: tuple[SimHashConfig, int] | None = None,
+                  memory: int | None = None, progress: Progress = silent) -> pl.DataFrame:  # fmt: skip
+    """The k highest and lowest rows of each query: target, query, side, rank, block, block_row, score.
+
+    Parameters
+    ----------
+    wanted
+        Rows that are searched; all where None.
+    codes
+        Search these codes, and score so many times k rows of what they find from the signatures.
+    memory
+        Bytes that the search may take.
+
+    Raises
+    ------
+    LimitError
+        So many queries do not fit in `memory`.
+    """
     stacked = np.concatenate([target.signature for target in targets.values()])
-    extremes = Extremes(k)
-    for _ in score_blocks(store, identity, blocks, stacked, extremes=extremes, progress=progress):
-        pass
-    return merge_extremes(pl.concat(extremes_frames(extremes, targets)).lazy(), k=k)
+    if codes is not None:
+        config, rescore = codes
+        ends = search_codes(store, identity, blocks, stacked, config, k=k, k_bottom=k, rescore=rescore, wanted=wanted,
+                            progress=progress)  # fmt: skip
+    else:
+        count, dim = stacked.shape
+        plan = None if memory is None else value_memory(memory, queries=count, dim=dim, aggregate="mean", extremes=k)
+        ends = search(store, identity, blocks, stacked, k=k, k_bottom=k, wanted=wanted,
+                      memory=DEFAULT_MEMORY if plan is None else plan.scan, progress=progress)  # fmt: skip
+    names = [name for name, target in targets.items() for _ in range(len(target.queries))]
+    numbers = [number for target in targets.values() for number in range(len(target.queries))]
+    return pl.concat(
+        _end_frame(side, names, numbers, found) for side, found in zip(("top", "bottom"), ends, strict=True)
+    )
+
+
+def _end_frame(side: str, names: Sequence[str], numbers: Sequence[int], found: Found) -> pl.DataFrame:
+    width, held = found.rows.shape[1], found.rows.ravel()
+    return pl.DataFrame(
+        {
+            "target": pl.Series(names, dtype=pl.String).gather(np.repeat(np.arange(len(names)), width)),
+            "query": np.repeat(np.asarray(numbers, np.uint32), width),
+            "side": pl.repeat(side, held.size, eager=True),
+            "rank": np.tile(np.arange(1, width + 1, dtype=np.uint32), len(names)),
+            "block": (held >> BLOCK_SHIFT).astype(np.uint32),
+            "block_row": (held & ((1 << BLOCK_SHIFT) - 1)).astype(np.uint32),
+            "score": found.scores.ravel(),
+        }
+    )
 
 
 def explain(store: Store, version: CorpusVersion, blocks: Sequence[str], target: Target,
-            extremes: pl.DataFrame) -> list[Attribution]:  # fmt: skip
+            extremes: pl.DataFrame, *, only: RowFilter = EVERY_ROW) -> list[Attribution]:  # fmt: skip
     """Texts and places for the extremes of one target."""
-    rows = locate(store, version, blocks, extremes)
+    rows = locate(store, version, blocks, extremes, only=only)
     found = []
     for query, (text, prompt) in enumerate(target.queries.select("text", "prompt").iter_rows()):
         mine = rows.filter(pl.col("query") == query).sort("rank")
@@ -106,11 +167,13 @@ def explain(store: Store, version: CorpusVersion, blocks: Sequence[str], target:
     return found
 
 
-def locate(store: Store, version: CorpusVersion, blocks: Sequence[str], rows: pl.DataFrame) -> pl.DataFrame:
+def locate(store: Store, version: CorpusVersion, blocks: Sequence[str], rows: pl.DataFrame, *,
+           only: RowFilter = EVERY_ROW) -> pl.DataFrame:  # fmt: skip
     """Add doc_id, text, source_uri and source_row to rows named by (block, block_row).
 
-    A row that stands in several objects is given the first place, by URI and row.
+    A row that stands in several objects is given the first place, by URI and row, of those that were searched.
     """
+    uris = [entry.uri for entry in version.sources if only.matches(entry.uri)]
     wanted = rows.select("block", "block_row").unique().sort("block", "block_row")
     parts = wanted.partition_by("block", maintain_order=True)
     located = []
@@ -119,7 +182,8 @@ def locate(store: Store, version: CorpusVersion, blocks: Sequence[str], rows: pl
         found = pl.concat([_content(store, block_id, part) for block_id, part in some])
         places = placements(store, version, [block_id for block_id, _ in some])
         first = (
-            places.join(found, on=["block_id", "block_row"], how="semi")
+            places.filter(pl.col("source_uri").is_in(uris))
+            .join(found, on=["block_id", "block_row"], how="semi")
             .sort("source_uri", "source_row")
             .unique(["block_id", "block_row"], keep="first")
         )

@@ -38,6 +38,7 @@ CHUNK_BYTES = 16 * 2**20
 """Part of the format: blocks chunked otherwise read as incomplete."""
 _READERS = 16
 _CHUNKS_AT_ONCE = 2
+_NORM_ERROR = 0.02
 
 Float16Array = npt.NDArray[np.float16]
 
@@ -364,6 +365,47 @@ def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> 
     data = _read_checked(store, identity, record, f"signature/c/{chunk}/0")
     rows = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
     return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
+
+
+def read_rows(store: Store, identity: str, record: BlockRecord, rows: npt.NDArray[np.integer[Any]]) -> Float16Array:
+    """Some rows of a block, [rows, dim] float16, each by a range of bytes of its chunk.
+
+    A range has no checksum of its own; what is not of unit length, or zero, is refused.
+
+    Raises
+    ------
+    IntegrityError
+        A chunk is missing, or what stands there is no signature.
+    """
+    found = np.empty((len(rows), record.dim), np.float16)
+
+    def read(place: int) -> None:
+        chunk, row = divmod(int(rows[place]), record.chunk_rows)
+        key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
+
+        def look() -> Float16Array:
+            try:
+                data = np.frombuffer(store.get_range(key, 2 * row * record.dim, 2 * record.dim), "<f2")
+            except MissingObjectError:
+                data = np.empty(0, np.float16)
+            norm = float(np.linalg.norm(data.astype(np.float64))) if len(data) == record.dim else -1.0
+            if not (abs(norm - 1) < _NORM_ERROR or norm == 0):
+                raise DamagedError(
+                    f"{store.url(key)} has no signature of row {row}; run `curate verify --deep`, which notes what is "
+                    "damaged, and `curate index`",
+                    store.url(key),
+                )
+            return data
+
+        found[place] = store.checked(key, look)
+
+    if store.is_local:
+        for place in range(len(rows)):
+            read(place)
+    else:
+        with ContextPool(_READERS) as pool:
+            list(pool.map(read, range(len(rows))))
+    return found
 
 
 def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
-_DEFAULT = ScanMemory(chunks=3, piece_rows=8 * TILE_ROWS)
+DEFAULT_MEMORY = ScanMemory(chunks=3, piece_rows=8 * TILE_ROWS)
 _MERGE_BYTES = 8 * 2**20
 
 
@@ -54,7 +54,7 @@ class ScoredRows:
 
 
 def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], queries: Float32Array, *,
-                memory: ScanMemory = _DEFAULT) -> Iterator[tuple[int, int, Float32Array]]:  # fmt: skip
+                memory: ScanMemory = DEFAULT_MEMORY) -> Iterator[tuple[int, int, Float32Array]]:  # fmt: skip
     """Scores of all rows in pieces: the record's number, the first row, [rows, queries] float32.
 
     Parameters
@@ -69,6 +69,14 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     IntegrityError
         A stored chunk is missing or damaged.
     """
+    for number, start, scores, _ in iter_pieces(store, identity, records, queries, memory=memory):
+        yield number, start, scores
+
+
+def iter_pieces(store: Store, identity: str, records: Sequence[BlockRecord], queries: Float32Array, *,
+                memory: ScanMemory = DEFAULT_MEMORY,
+                ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
+    """`iter_scores`, with the signatures of each piece, [rows, dim] float16."""
     steady_heap()
     scorer = _Scorer(queries)
     out = np.empty((memory.piece_rows, len(queries)), dtype=np.float32)
@@ -77,10 +85,11 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
         row, current = (row if number == current else 0), number
         for start in range(0, len(chunk), memory.piece_rows):
             piece = out[: min(memory.piece_rows, len(chunk) - start)]
-            scorer.score(chunk[start : start + len(piece)], out=piece)
-            yield number, row + start, piece
+            part = chunk[start : start + len(piece)]
+            scorer.score(part, out=piece)
+            yield number, row + start, piece, part
         row += len(chunk)
-        del chunk  # or it would stay while the next ones are read
+        del chunk, part  # or they would stay while the next ones are read
 
 
 def _numbered_chunks(store: Store, identity: str, records: Sequence[BlockRecord]) -> Iterator[tuple[int, Float16Array]]:
@@ -109,7 +118,7 @@ class _Scorer:
 
 
 def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries: Float32Array, *,
-                 extremes: Extremes | None = None, memory: ScanMemory = _DEFAULT,
+                 extremes: Extremes | None = None, memory: ScanMemory = DEFAULT_MEMORY,
                  progress: Progress = silent) -> Iterator[ScoredRows]:  # fmt: skip
     """Score blocks one by one, feeding `extremes` with the rows that have a signature; `progress` counts rows."""
     records = list(read_records(store, identity, block_ids).values())

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rise_ops.config import CurationConfig, FieldMap, ModelConfig, SketchConfig, TargetConfig, resolve_path
-from rise_ops.corpus import CorpusVersion, current_version, read_snapshot
+from rise_ops.corpus import CorpusVersion, current_version, read_snapshot, read_version, version_numbers
 from rise_ops.errors import ConfigError, ModelError, SourceError
 from rise_ops.index import index_id, list_indexed, read_index, tables_key
 from rise_ops.memory import StageMemory, sketch_memory, stage_memory, task_limits
@@ -79,39 +79,47 @@ def plan_stages(config: CurationConfig, *, rows: int = 0) -> dict[str, StageMemo
     return stage_memory(config, rows=rows, queries=queries)
 
 
-def open_corpus(store: Store, config: CurationConfig) -> CorpusVersion:
-    """The current version of the configured corpus.
+def open_corpus(store: Store, config: CurationConfig, *, number: int | None = None) -> CorpusVersion:
+    """A version of the configured corpus; the current one where none is named.
 
     Raises
     ------
     SourceError
         Nothing was ingested yet.
+    ConfigError
+        The corpus has no such version.
     """
+    if number is not None:
+        there = version_numbers(store, config.corpus.name)
+        if there and number not in there:
+            raise ConfigError(f"corpus {config.corpus.name} has no version {number}; it has {there[0]} to {there[-1]}")
+        if there:
+            return read_version(store, config.corpus.name, number)
     version = current_version(store, config.corpus.name)
     if version is None:
         raise SourceError(f"{store.uri} has no corpus {config.corpus.name}; run `curate ingest` or `curate run` first")
     return version
 
 
-def open_indexed(store: Store, config: CurationConfig) -> IndexedCorpus:
-    """The current version of the corpus, checked to be wholly in the configured index.
+def open_indexed(store: Store, config: CurationConfig, *, version: int | None = None) -> IndexedCorpus:
+    """A version of the corpus, by default the current one, checked to be wholly in the configured index.
 
     Raises
     ------
     SourceError, ModelError
         Nothing was ingested, there is no such index, or it lacks blocks.
     """
-    version = open_corpus(store, config)
+    found = open_corpus(store, config, number=version)
     identity = index_id(model_fingerprint(config.model), config.sketch)
     read_index(store, identity, model=config.model)
-    rows_of = block_rows(store, version)
+    rows_of = block_rows(store, found)
     missing = len(rows_of) - len(list_indexed(store, identity, rows_of, dim=config.sketch.dim))
     if missing:
         raise ModelError(
-            f"{missing} of {len(rows_of)} blocks of corpus {version.corpus} are not in index {identity[:12]}; "
+            f"{missing} of {len(rows_of)} blocks of corpus {found.corpus} are not in index {identity[:12]}; "
             "run `curate index`"
         )
-    return IndexedCorpus(version, identity, tuple(rows_of))
+    return IndexedCorpus(found, identity, tuple(rows_of))
 
 
 def block_rows(store: Store, version: CorpusVersion) -> dict[str, int]:

@@ -88,6 +88,15 @@ class BlockShape:
 
 
 @dataclass(frozen=True, slots=True)
+class CodesShape:
+    """indexes/<index_id>/codes/<bits>-<seed>/<block_id>.json."""
+
+    block_id: str
+    rows: Count
+    crc32c: Checksum
+
+
+@dataclass(frozen=True, slots=True)
 class TargetShape:
     """targets/<target_id>.json."""
 

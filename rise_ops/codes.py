@@ -1,0 +1,145 @@
+"""The compressed index: SimHash codes of an index, block by block.
+
+    indexes/<index_id>/codes/<bits>-<seed>/simhash.npz       the rotation (`rise_ops.simhash`), written first
+    indexes/<index_id>/codes/<bits>-<seed>/<block_id>.bin    [rows, bits/8] uint8
+    indexes/<index_id>/codes/<bits>-<seed>/<block_id>.json   rows and CRC-32C; written last
+
+Codes are made from the float signatures of the index, without the model. At the default width and 8,192 bits they are
+48 times smaller. Where a row has no signature its code means nothing, and searches leave it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rise_ops.checksums import crc32c
+from rise_ops.config import SimHashConfig
+from rise_ops.counters import count
+from rise_ops.errors import DamagedError, MissingObjectError
+from rise_ops.index import read_chunk, read_records
+from rise_ops.logs import each_block
+from rise_ops.progress import Progress, silent
+from rise_ops.shapes import CodesShape
+from rise_ops.simhash import Codes, SimHash
+from rise_ops.store import Store
+
+FORMAT_VERSION = 1
+
+
+def codes_folder(identity: str, config: SimHashConfig) -> str:
+    """Where the codes of an index are."""
+    return f"indexes/{identity}/codes/{config.bits}-{config.seed}"
+
+
+def open_simhash(store: Store, identity: str, config: SimHashConfig, *, dim: int) -> SimHash:
+    """The rotation of some codes; drawn and stored now where the store has none.
+
+    Raises
+    ------
+    IntegrityError
+        What is stored is no rotation, or one for signatures of another length.
+    """
+    key = f"{codes_folder(identity, config)}/simhash.npz"
+    if not store.exists(key):
+        store.create(key, SimHash.from_seed(dim, config.bits, config.seed).to_bytes())
+    return read_simhash(store, identity, config, dim=dim)
+
+
+def read_simhash(store: Store, identity: str, config: SimHashConfig, *, dim: int) -> SimHash:
+    """The stored rotation.
+
+    Raises
+    ------
+    MissingObjectError
+        There are no such codes.
+    """
+    key = f"{codes_folder(identity, config)}/simhash.npz"
+    found = SimHash.from_bytes(bytes(store.get(key)), where=store.url(key))
+    if (found.dim, found.bits) != (dim, config.bits):
+        raise DamagedError(
+            f"{store.url(key)} makes {found.bits:,} bits of {found.dim:,} numbers, expected were {config.bits:,} of "
+            f"{dim:,}; remove the folder and run `curate compress`",
+            store.url(key),
+        )
+    return found
+
+
+def missing_codes(store: Store, identity: str, rows_of: Mapping[str, int], config: SimHashConfig) -> list[str]:
+    """Blocks of `rows_of` (block id to rows) without whole codes, by one listing."""
+    prefix = f"{codes_folder(identity, config)}/"
+    sizes = {key.removeprefix(prefix): size for key, size in store.list(prefix)}
+    return [
+        block_id
+        for block_id, rows in rows_of.items()
+        if f"{block_id}.json" not in sizes or sizes.get(f"{block_id}.bin") != rows * config.bits // 8
+    ]
+
+
+def write_codes(store: Store, identity: str, block_ids: Sequence[str], config: SimHashConfig, *, dim: int,
+                device: str = "cpu", progress: Progress = silent) -> int:  # fmt: skip
+    """Make and store the codes of blocks that are in the index. Returns the number of rows.
+
+    One chunk of signatures and the codes of one block are in memory at a time. What is there already but not whole,
+    or not what its record says, is written again.
+
+    Raises
+    ------
+    IntegrityError
+        A block is not in the index, or damaged.
+    """
+    simhash = open_simhash(store, identity, config, dim=dim)
+    folder = codes_folder(identity, config)
+    done = 0
+    for block_id, record in each_block(read_records(store, identity, block_ids).items(), lambda item: item[0]):
+        codes = np.empty((record.rows, config.bits // 8), np.uint8)
+        for chunk in range(-(-record.rows // record.chunk_rows)):
+            signatures = read_chunk(store, identity, record, chunk)
+            start = chunk * record.chunk_rows
+            codes[start : start + len(signatures)] = simhash.codes(signatures, device=device)
+        data, key = codes.tobytes(), f"{folder}/{block_id}"
+        if not store.create(f"{key}.bin", data) and crc32c(store.get_buffer(f"{key}.bin")) != crc32c(memoryview(data)):
+            store.delete([f"{key}.json"])  # what vouches for others goes first
+            store.delete([f"{key}.bin"])
+            store.create(f"{key}.bin", data)
+        stored = crc32c(store.get_buffer(f"{key}.bin", size=len(data)))
+        store.create_json(
+            f"{key}.json",
+            {"format_version": FORMAT_VERSION, "block_id": block_id, "rows": record.rows, "crc32c": stored},
+        )
+        done += record.rows
+        progress(done, None)
+    count("rows", done)
+    return done
+
+
+def read_codes(store: Store, identity: str, block_id: str, config: SimHashConfig) -> Codes:
+    """The codes of a block, uint8 [rows, bits/8], checked.
+
+    Raises
+    ------
+    DamagedError
+        They are missing, or not what their record says.
+    """
+    key = f"{codes_folder(identity, config)}/{block_id}"
+    shape = CodesShape
+
+    def read() -> Codes:
+        try:
+            record = store.get_json(
+                f"{key}.json", format_version=FORMAT_VERSION, shape=shape, holds={"block_id": block_id}
+            )
+            data = store.get_buffer(f"{key}.bin")
+        except MissingObjectError:
+            raise DamagedError(
+                f"{store.url(key)}.* has no codes of block {block_id}; run `curate compress`", store.url(f"{key}.json")
+            ) from None
+        if len(data) != record["rows"] * config.bits // 8 or crc32c(data) != record["crc32c"]:
+            raise DamagedError(
+                f"{store.url(key)}.bin does not match its record; run `curate compress`, which writes it again",
+                store.url(f"{key}.json"),
+            )
+        return np.frombuffer(data, np.uint8).reshape(record["rows"], config.bits // 8)
+
+    return store.checked(f"{key}.bin", read)
