@@ -44,7 +44,7 @@ CODE_ROWS = 32
 """Signatures that are rotated at a time."""
 _ROTATED_BYTES = 48  # an entry of these: float32, padded to a power of two, in five buffers
 _BATCH_BYTES = 48 * MIB  # rows that are decided together: which of them are candidates of each other, their codes
-_PAIR_BYTES = 28  # an entry of two signatures whose cosine is computed: float16, float32, squares and products
+_PAIR_BYTES = 40  # an entry of two signatures whose cosine is computed: float16, float32, squares, products, four more
 _TILE_BYTES = 24 * MIB  # vectors of a tile, float16 and float32
 _CANDIDATE_BYTES = 40  # a candidate of k-centre: its row, place, norm and nearest centre, sorted
 _JSON_COPIES = 8  # JSON text, its values in Python, Arrow columns, compressed pages

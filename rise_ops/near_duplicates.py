@@ -47,6 +47,7 @@ _BATCH_ROWS = 2_048
 _PIECE_ROWS = 1 << 20
 _CODES_AT_ONCE = 1 << 15
 _PENDING_PAIRS = 1 << 20
+_HELD = 4  # rows for each pair that is compared at a time
 _PLACE = np.uint64(0xFFFFFFFF)
 _NONE = 2**31 - 1
 
@@ -262,6 +263,7 @@ class _Search:
         self._cosine, self._pairs = cosine, pairs
         self._kept = Chains(scratch, "duplicates-bands", tables=self._bands.bands, rows=found.rows)
         self._seen = Chains(scratch, "duplicates-seen", tables=1, rows=found.rows)
+        self._held: dict[int, npt.NDArray[np.float16]] = {}
 
     def decide(self, start: int, stop: int) -> None:
         """Decide on the next places."""
@@ -345,12 +347,14 @@ class _Search:
         """Leaders within a batch, given that no row of an earlier one is."""
         leaders, cosines = np.full(len(places), -1, np.int64), np.zeros(len(places))
         candidates = self._candidates(codes, keys)
+        self._hold(places[candidates.any(axis=0) | candidates.any(axis=1)][: _HELD * self._pairs])
         for leader in np.flatnonzero(candidates.any(axis=1)).tolist():
             if leaders[leader] >= 0:
                 continue
             others = np.flatnonzero(candidates[leader] & (leaders < 0))
             near, cosine = self._compare(np.full(len(others), places[leader]), places[others])
             leaders[others[near]], cosines[others[near]] = places[leader], cosine[near]
+        self._held.clear()
         return leaders, cosines
 
     def _candidates(self, codes: UInt64Array, keys: UInt64Array) -> BoolArray:
@@ -379,7 +383,7 @@ class _Search:
         for start in range(0, len(left), self._pairs):
             some = slice(start, start + self._pairs)
             both, at = np.unique(np.concatenate([left[some], right[some]]), return_inverse=True)
-            rows = self._fetch(both)
+            rows = self._fetch(both).astype(np.float32)
             squares = _dots(rows, rows)
             one, other = np.split(at, 2)
             dots, scales = _dots(rows[one], rows[other]), np.sqrt(squares[one] * squares[other])
@@ -387,10 +391,21 @@ class _Search:
         self._found.compared += len(left)
         return near, cosines
 
-    def _fetch(self, places: Int64Array) -> npt.NDArray[np.float32]:
+    def _hold(self, places: Int64Array) -> None:
+        """Fetch signatures together that are asked for one after the other: a request may take long."""
+        self._held = dict(zip(places.tolist(), self._fetch(places), strict=True))
+
+    def _fetch(self, places: Int64Array) -> npt.NDArray[np.float16]:
         """Signatures, [places, dim]."""
-        rows = self._decisions.order.take(places)
-        return self._index.fetch(rows, self._coded.digests.take(places)).astype(np.float32)
+        names = places.tolist()
+        found = np.empty((len(names), self._index.dim), np.float16)
+        missing = np.array([number for number, name in enumerate(names) if name not in self._held], np.int64)
+        asked = places[missing]
+        found[missing] = self._index.fetch(self._decisions.order.take(asked), self._coded.digests.take(asked))
+        for number, name in enumerate(names):
+            if name in self._held:
+                found[number] = self._held[name]
+        return found
 
 
 def _first_equal(digests: UInt64Array) -> Int64Array:
