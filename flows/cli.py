@@ -152,6 +152,17 @@ def attribute(
     prompt: Annotated[str | None, typer.Option(help="What it was asked; precedes TEXT, does not count.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Rows at either end.")] = 10,
     bottom: Annotated[bool, typer.Option("--bottom", help="Also the least influential rows.")] = False,
+    source: Annotated[
+        str | None, typer.Option(metavar="URI", help="Only rows of this object; with / at its end or *, of all such.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(metavar="FIELD=VALUE", help="Only rows with this label.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Version of the corpus; default: the current one.")] = None,
+    compressed: Annotated[
+        bool, typer.Option("--compressed", help="Search the codes that `curate compress` made.")
+    ] = False,
+    rescore: Annotated[
+        int, typer.Option(min=0, help="With --compressed: score RESCORE times K rows from the index; 0: none.")
+    ] = 4,
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
@@ -159,17 +170,40 @@ def attribute(
     from flows.console import progress_bars, show_attribution
     from rise_ops.attribution import attribute as attribute_queries
     from rise_ops.config import load_config
+    from rise_ops.filters import RowFilter
     from rise_ops.session import ad_hoc_queries
     from rise_ops.store import Store
 
     loaded = load_config(config, overrides=set_ or [])
+    only = RowFilter.parse(source=source, label=label)
     rows = ad_hoc_queries(loaded, queries=queries, text=text, prompt=prompt)
     with progress_bars() as listen:
         found = attribute_queries(
-            Store(loaded.store), loaded, rows, k=k, progress=lambda done, _: listen("scan", done, None)
+            Store(loaded.store),
+            loaded,
+            rows,
+            k=k,
+            version=version,
+            only=only,
+            rescore=rescore if compressed else None,
+            progress=lambda done, _: listen("scan", done, None),
         )
     result = [attribution.to_json(bottom=bottom) for attribution in found]
     _emit(result, json_, lambda: show_attribution(result))
+
+
+@app.command()
+def compress(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Write SimHash codes of the indexed corpus, for `curate attribute --compressed`."""
+    from flows.console import progress_bars, show_codes
+    from rise_ops.codes import compress_corpus
+    from rise_ops.config import load_config
+    from rise_ops.store import Store
+
+    loaded = load_config(config, overrides=set_ or [])
+    with progress_bars() as listen:
+        found = compress_corpus(Store(loaded.store), loaded, progress=lambda done, _: listen("compress", done, None))
+    _emit(found, json_, lambda: show_codes(found))
 
 
 @app.command()

@@ -125,6 +125,15 @@ def show_plan(config: Any, plan: Json) -> None:
     _OUT.print(table)
 
 
+def show_codes(found: Json) -> None:
+    """What `curate compress` did."""
+    less = found["index_bytes"] / found["bytes"] if found["bytes"] else 0
+    _OUT.print(
+        f"{found['rows_written']:,} of {found['rows']:,} rows compressed to {found['bits']:,} bits, "
+        f"{less:.0f} times smaller than the index: {plain(found['folder'])}"
+    )
+
+
 def show_attribution(found: Sequence[Json]) -> None:
     """Hits of each query."""
     for item in found:

@@ -11,7 +11,7 @@ from prefect import flow, runtime
 
 from flows.hooks import FLOW_OPTIONS, run_name
 from flows.runners import dispatcher
-from flows.stages import Runner, check, explain, export, index, ingest, mending, value
+from flows.stages import Runner, check, compress, explain, export, index, ingest, mending, value
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from tasks.recording import Recorder
@@ -50,6 +50,7 @@ def _run(run: Recorder, runner: Runner, config: CurationConfig, wanted: tuple[Un
     corpus = ingest(run, runner, config, deep=deep)
     if "index" in wanted:
         indexed = index(run, runner, config, corpus)
+        compress(run, runner, config, indexed)
     if "value" in wanted:
         valued = value(run, runner, config, corpus, indexed)
     if "export" in wanted:

@@ -11,7 +11,8 @@ from rise_ops.errors import DamagedError
 from rise_ops.memory import task_limits
 from rise_ops.parts import valuation_folder
 from tasks.dispatch import Dispatcher, run_all
-from tasks.index import count_tokens, open_model, plan_index, sketch
+from tasks.index import compress as compress_blocks
+from tasks.index import count_tokens, open_model, plan_codes, plan_index, sketch
 from tasks.ingest import are_held, ingest_objects, publish_corpus, survey
 from tasks.preflight import preflight
 from tasks.progress import Tracker
@@ -120,6 +121,24 @@ def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -
     return plan
 
 
+def compress(run: Recorder, runner: Runner, config: CurationConfig, indexed: Json) -> None:
+    """Write the codes that the index lacks, where the configuration asks for codes."""
+    if config.simhash is None:
+        return
+    common = {"config": config, "index_id": indexed["index_id"]}
+    with run.stage("compress") as stage:
+        looking = {**common, "blocks": indexed["blocks"], "rows": indexed["rows"]}
+        (plan,) = run_all(runner, plan_codes, [looking], store_uri=config.store)
+        batches = list(split(plan["missing"], plan["rows"], target=_SKETCH_ROWS))
+        calls = [{**common, "blocks": batch} for batch in batches]
+        sizes = dict(zip(plan["missing"], plan["rows"], strict=True))
+        tracker = Tracker("compress", [sum(sizes[block] for block in batch) for batch in batches])
+        run_all(runner, compress_blocks, calls, store_uri=config.store, tracker=tracker)
+        stage.read(f"indexes/{indexed['index_id']}/index.json", sha256=indexed["index_id"], rows=sum(indexed["rows"]))
+        stage.wrote(plan["folder"], rows=sum(indexed["rows"]))
+        stage.cached = not plan["missing"]
+
+
 def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, indexed: Json) -> Json:
     """Score every row on every target, rank, and decide."""
     with run.stage("value") as stage:
@@ -179,6 +198,10 @@ def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, 
         "weights": config.weights,
         "aggregate": config.aggregate,
         "keep": config.selection.keep.model_dump(exclude_none=True),
+        "selection": config.selection.model_dump(mode="json", exclude_none=True),
+        "stability": run.record["selection"].get("stability"),
+        "sketch": config.sketch.model_dump(mode="json"),
+        "code": run.record["code"],
     }
     call = {"config": config, "version": corpus["version"], "run_id": run.run_id, "lineage": lineage}
     with run.stage("export") as stage:

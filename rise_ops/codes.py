@@ -11,19 +11,23 @@ Codes are made from the float signatures of the index, without the model. At the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from rise_ops.alive import alive_if_possible
 from rise_ops.checksums import crc32c
-from rise_ops.config import SimHashConfig
+from rise_ops.config import CurationConfig, SimHashConfig
 from rise_ops.counters import count
 from rise_ops.errors import DamagedError, MissingObjectError
 from rise_ops.index import read_chunk, read_records
 from rise_ops.logs import each_block
 from rise_ops.progress import Progress, silent
+from rise_ops.session import block_rows, open_indexed
 from rise_ops.shapes import CodesShape
 from rise_ops.simhash import Codes, SimHash
 from rise_ops.store import Store
+from rise_ops.trunk import pick_device
 
 FORMAT_VERSION = 1
 
@@ -78,7 +82,7 @@ def missing_codes(store: Store, identity: str, rows_of: Mapping[str, int], confi
 
 
 def write_codes(store: Store, identity: str, block_ids: Sequence[str], config: SimHashConfig, *, dim: int,
-                device: str = "cpu", progress: Progress = silent) -> int:  # fmt: skip
+                device: str = "auto", progress: Progress = silent) -> int:  # fmt: skip
     """Make and store the codes of blocks that are in the index. Returns the number of rows.
 
     One chunk of signatures and the codes of one block are in memory at a time. What is there already but not whole,
@@ -89,7 +93,7 @@ def write_codes(store: Store, identity: str, block_ids: Sequence[str], config: S
     IntegrityError
         A block is not in the index, or damaged.
     """
-    simhash = open_simhash(store, identity, config, dim=dim)
+    simhash, place = open_simhash(store, identity, config, dim=dim), pick_device(device)
     folder = codes_folder(identity, config)
     done = 0
     for block_id, record in each_block(read_records(store, identity, block_ids).items(), lambda item: item[0]):
@@ -97,7 +101,7 @@ def write_codes(store: Store, identity: str, block_ids: Sequence[str], config: S
         for chunk in range(-(-record.rows // record.chunk_rows)):
             signatures = read_chunk(store, identity, record, chunk)
             start = chunk * record.chunk_rows
-            codes[start : start + len(signatures)] = simhash.codes(signatures, device=device)
+            codes[start : start + len(signatures)] = simhash.codes(signatures, device=place)
         data, key = codes.tobytes(), f"{folder}/{block_id}"
         if not store.create(f"{key}.bin", data) and crc32c(store.get_buffer(f"{key}.bin")) != crc32c(memoryview(data)):
             store.delete([f"{key}.json"])  # what vouches for others goes first
@@ -112,6 +116,38 @@ def write_codes(store: Store, identity: str, block_ids: Sequence[str], config: S
         progress(done, None)
     count("rows", done)
     return done
+
+
+def compress_corpus(store: Store, config: CurationConfig, *, progress: Progress = silent) -> dict[str, Any]:
+    """Write the codes that the configured corpus lacks.
+
+    Returns
+    -------
+    dict
+        {index_id, folder, rows, rows_written, bits, bytes, index_bytes}
+
+    Raises
+    ------
+    SourceError, ModelError
+        Nothing was ingested, or the corpus is not wholly in the index of this model and sketch.
+    """
+    codes = config.simhash or SimHashConfig()
+    with alive_if_possible(store, "compression"):
+        indexed = open_indexed(store, config)
+        rows_of = block_rows(store, indexed.version)
+        missing = missing_codes(store, indexed.index_id, rows_of, codes)
+        written = write_codes(store, indexed.index_id, missing, codes, dim=config.sketch.dim,
+                              device=config.model.device, progress=progress)  # fmt: skip
+    rows = sum(rows_of.values())
+    return {
+        "index_id": indexed.index_id,
+        "folder": store.url(codes_folder(indexed.index_id, codes)),
+        "rows": rows,
+        "rows_written": written,
+        "bits": codes.bits,
+        "bytes": rows * codes.bits // 8,
+        "index_bytes": rows * config.sketch.dim * 2,
+    }
 
 
 def read_codes(store: Store, identity: str, block_id: str, config: SimHashConfig) -> Codes:

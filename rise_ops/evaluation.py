@@ -26,6 +26,7 @@ from rise_ops.attribution import find_extremes
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.errors import ConfigError, SelectionError
+from rise_ops.filters import as_label
 from rise_ops.parts import Part
 from rise_ops.progress import Progress, silent
 from rise_ops.session import open_indexed, open_target
@@ -224,11 +225,6 @@ def _wanted(target: Target, label: Label) -> list[str]:
     return values
 
 
-def as_label(value: Any) -> str:
-    """A label as text: strings as they are, other JSON values as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _label_of(frame: pl.DataFrame, field: str) -> pl.Series:
     """The field of each row as text; null where a row has none."""
 
@@ -236,7 +232,7 @@ def _label_of(frame: pl.DataFrame, field: str) -> pl.Series:
         if row["text_field"] == field:
             return str(row["text"])
         value = json.loads(row["meta"]).get(field)
-        return None if value is None else as_label(value)
+        return as_label(value)
 
     return pl.Series("label", [pick(row) for row in frame.iter_rows(named=True)], dtype=pl.String)
 

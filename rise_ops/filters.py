@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,18 @@ class RowFilter:
     """URI of a source object; one that ends in / or has glob characters stands for all that it matches."""
     label: tuple[str, str] | None = None
     """A column of the source and its value, as text."""
+
+    @classmethod
+    def parse(cls, *, source: str | None, label: str | None) -> RowFilter:
+        """As the command line gives them; the path of a local object may be relative."""
+        if source is not None and "://" not in source:
+            source = os.path.abspath(source) + ("/" if source.endswith("/") else "")
+        if label is None:
+            return cls(source)
+        field, equals, value = label.partition("=")
+        if not (field and equals):
+            raise ConfigError(f"--label {label}: write it as FIELD=VALUE")
+        return cls(source, (field, value))
 
     def __bool__(self) -> bool:
         return self.source is not None or self.label is not None

@@ -50,7 +50,9 @@ _KINDS: dict[str, re.Pattern[str]] = {
         "seen objects": rf"objects/seen/{_HEX}/(?P<id>{_HEX})",
         "quarantine": r"quarantine/(?P<id>[^/]+)/.+",
         "signatures": rf"indexes/(?P<index>{_HEX})/blocks/(?P<id>{_HEX})\.zarr/.+",
-        "indexes": rf"indexes/(?P<index>{_HEX})/(index\.json|tables\.zarr/.+)",
+        "code records": rf"indexes/(?P<index>{_HEX})/codes/[^/]+/(?P<id>{_HEX})\.json",
+        "codes": rf"indexes/(?P<index>{_HEX})/codes/[^/]+/(?P<id>{_HEX})\.bin",
+        "indexes": rf"indexes/(?P<index>{_HEX})/(index\.json|tables\.zarr/.+|codes/[^/]+/simhash\.npz)",
         "blocks": rf"blocks/(?P<id>{_HEX})\.parquet",
         "signs of life": r"alive/.+",
         "probes": r"\.probe/.+",
@@ -250,6 +252,8 @@ def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, living: 
         "quarantine": reached.quarantines,
         "index records": reached.blocks,
         "signatures": reached.blocks,
+        "code records": reached.blocks,
+        "codes": reached.blocks,
         "blocks": reached.blocks,
     }
     if kind in names:

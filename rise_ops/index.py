@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from rise_ops.checksums import crc32c
 from rise_ops.config import ModelConfig, SketchConfig
-from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError
+from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError, StoreError
 from rise_ops.hashing import fingerprint
 from rise_ops.shapes import BlockShape, IndexShape
 from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
@@ -387,6 +387,10 @@ def read_rows(store: Store, identity: str, record: BlockRecord, rows: npt.NDArra
             try:
                 data = np.frombuffer(store.get_range(key, 2 * row * record.dim, 2 * record.dim), "<f2")
             except MissingObjectError:
+                data = np.empty(0, np.float16)
+            except StoreError:
+                if (store.size(key) or 0) >= 2 * (row + 1) * record.dim:
+                    raise
                 data = np.empty(0, np.float16)
             norm = float(np.linalg.norm(data.astype(np.float64))) if len(data) == record.dim else -1.0
             if not (abs(norm - 1) < _NORM_ERROR or norm == 0):

@@ -44,6 +44,7 @@ _NAMESPACE = uuid5(NAMESPACE_URL, "urn:rise-ops:run")
 _STAGES = {
     "ingest": "Reads what changed in the sources and publishes the corpus version.",
     "index": "Computes the signatures that the index lacks.",
+    "compress": "Makes SimHash codes of the signatures that have none.",
     "value": "Scores every row on every target.",
     "select": "Ranks the rows and decides which are kept.",
     "export": "Publishes the kept rows.",

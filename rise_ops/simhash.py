@@ -87,7 +87,8 @@ class SimHash:
         """Sign bits, 1 for a positive coordinate, most significant first: [rows, dim] → uint8 [rows, bits/8]."""
         found = np.empty((len(x), -(-self.bits // 8)), np.uint8)
         for start in range(0, len(x), _ROWS_AT_ONCE):
-            part = torch.as_tensor(x[start : start + _ROWS_AT_ONCE])
+            some = x[start : start + _ROWS_AT_ONCE]
+            part = some if isinstance(some, torch.Tensor) else torch.from_numpy(some.astype(np.float32))
             positive = self._rotated(part, torch.device(device)) > 0
             found[start : start + len(part)] = np.packbits(positive.cpu().numpy(), axis=1)
         return found

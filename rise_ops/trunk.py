@@ -240,7 +240,7 @@ def _load(config: ModelConfig, *, fingerprint: str) -> Trunk:
     from safetensors import SafetensorError
 
     files = resolve_model(config)
-    device = _device(config.device)
+    device = pick_device(config.device)
     try:
         with _quiet_transformers():
             tokenizer = _load_tokenizer(config, files)
@@ -296,7 +296,14 @@ def _load_model(config: ModelConfig, files: ModelFiles, device: torch.device) ->
     return model.eval().requires_grad_(False).to(device)
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of this name; auto: CUDA where there is some.
+
+    Raises
+    ------
+    ModelError
+        It is not here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

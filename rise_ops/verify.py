@@ -30,7 +30,7 @@ from rise_ops.objects import read_record as read_object_record
 from rise_ops.packs import read_pack
 from rise_ops.runs import read_run
 from rise_ops.selection import decisions_key
-from rise_ops.shapes import PartShape, TargetShape
+from rise_ops.shapes import CodesShape, PartShape, TargetShape
 from rise_ops.signatures import load_tables
 from rise_ops.store import Store
 from rise_ops.targets import read_target
@@ -40,6 +40,7 @@ Json = dict[str, Any]
 AGAIN = "the next run makes it again"
 EXPORT = "`curate export` with the configuration that made it makes it again"
 PUBLISH = "the next run publishes the corpus under a new version"
+COMPRESS = "`curate compress` makes it again"
 DROP = "the next run removes it: only older versions of a corpus have this block"
 GONE = "nothing makes it again; restore it from a backup"
 
@@ -225,6 +226,24 @@ def _indexes(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[
             remedy = AGAIN if block_id in current_blocks else DROP
             for check in _index_block(store, identity, block_id, listing, deep=deep):
                 yield replace(check, remedy=remedy)
+        yield from _codes(store, identity, deep=deep)
+
+
+def _codes(store: Store, identity: str, *, deep: bool) -> Iterator[_Check]:
+    """Codes of an index: each record with its bits."""
+    for name in store.children(f"indexes/{identity}/codes"):
+        folder = f"indexes/{identity}/codes/{name}"
+        there = {key for key, _ in store.list(folder)}
+        for key in sorted(key for key in there if key.endswith(".json")):
+            sums: dict[str, int] = {}
+
+            def look(key: str = key, sums: dict[str, int] = sums) -> None:
+                sums["codes"] = store.get_json(key, shape=CodesShape)["crc32c"]
+
+            yield _Check(key, COMPRESS, look)
+            if sums:
+                file = _file(store, f"{key.removesuffix('.json')}.bin", there, sums["codes"], deep=deep)
+                yield replace(file, remedy=COMPRESS)
 
 
 def _index(store: Store, identity: str, *, deep: bool) -> Iterator[_Check]:

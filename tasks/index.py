@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rise_ops.config import CurationConfig
+from rise_ops.codes import codes_folder, missing_codes, write_codes
+from rise_ops.config import CurationConfig, SimHashConfig
 from rise_ops.corpus import read_version
 from rise_ops.index import prepare_index, read_records
 from rise_ops.index_plan import plan_work
@@ -66,3 +67,21 @@ def count_tokens(store_uri: str, index_id: str, blocks: list[str]) -> Json:
     """Tokens of indexed blocks, from their records."""
     records = read_records(Store(store_uri), index_id, blocks)
     return {"tokens": sum(record.tokens for record in records.values())}
+
+
+@stage("compress", tags=[S3])
+def compress(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str]) -> Json:
+    """Codes of blocks. Not cached: the store has what was compressed."""
+    codes = config.simhash or SimHashConfig()
+    store, dim = Store(store_uri), config.sketch.dim
+    rows = write_codes(store, index_id, blocks, codes, dim=dim, device=config.model.device, progress=stage_progress())
+    return {"rows": rows}
+
+
+@stage("plan-codes")
+def plan_codes(store_uri: str, config: CurationConfig, index_id: str, blocks: list[str], rows: list[int]) -> Json:
+    """Which indexed blocks have no codes."""
+    codes = config.simhash or SimHashConfig()
+    rows_of = dict(zip(blocks, rows, strict=True))
+    missing = missing_codes(Store(store_uri), index_id, rows_of, codes)
+    return {"folder": codes_folder(index_id, codes), "missing": missing, "rows": [rows_of[block] for block in missing]}
