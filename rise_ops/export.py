@@ -28,16 +28,18 @@ from typing import Any
 
 import polars as pl
 
+from rise_ops.card import dataset_card
 from rise_ops.columns import ColumnTypes
 from rise_ops.config import ExportConfig
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.counters import count
 from rise_ops.damage import noted_keys, settle
 from rise_ops.errors import ConflictError, DamagedError, MissingObjectError
-from rise_ops.hashing import canonical_json, fingerprint
+from rise_ops.hashing import fingerprint
 from rise_ops.heap import steady_heap
 from rise_ops.memory import ExportMemory, export_memory
 from rise_ops.progress import Progress, silent
+from rise_ops.report_data import DecisionFigures, decision_figures
 from rise_ops.selection import decisions_key
 from rise_ops.shapes import ClaimShape, ManifestShape
 from rise_ops.spool import spool
@@ -158,7 +160,10 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
             files = write(number)
     prefix = f"exports/{name}/{number}"
     rows = sum(file.rows for file in files)
-    store.create(f"{prefix}/README.md", dataset_card(name, number, rows, config, lineage, run_id).encode())
+    card = dataset_card(
+        name, number, figures=_figures(store, run_id), format=config.format, lineage=lineage, run_id=run_id
+    )
+    store.create(f"{prefix}/README.md", card.encode())
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -174,38 +179,9 @@ def export_rows(store: Store, version: CorpusVersion, *, run_id: str, name: str,
     return Export(name, number, rows, len(files), sum(file.bytes for file in files), reused=False)
 
 
-def dataset_card(name: str, number: str, rows: int, config: ExportConfig, lineage: Mapping[str, Any],
-                 run_id: str) -> str:  # fmt: skip
-    """The export's README.md: front matter for `datasets.load_dataset`, then what the data is."""
-    pattern = f"data/*.{config.format}"
-    weights = ", ".join(f"{target} × {weight:g}" for target, weight in lineage["weights"].items())
-    return f"""---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: {pattern}
-size_categories:
-- {_size_category(rows)}
----
-
-# {name}, version {number}
-
-{rows:,} rows of corpus {lineage["corpus"]["name"]} (version {lineage["corpus"]["version"]}), chosen by value.
-
-| | |
-|---|---|
-| value | {weights}; aggregate {lineage["aggregate"]} |
-| kept | {canonical_json(lineage["keep"])} |
-| model | {lineage["model"]["name"]} ({lineage["model"]["fingerprint"][:12]}) |
-| snapshot | {lineage["corpus"]["snapshot_id"]} |
-| index | {lineage["index_id"]} |
-| run | {run_id} |
-
-Columns: those of the source rows, then `doc_id` (identity of the text), `value` (weighted influence on the
-targets; higher is better), `source_uri` and `source_row` (where the row stood; rows count from 0).
-`manifest.json` holds the checksums of the files.
-"""
+def _figures(store: Store, run_id: str) -> DecisionFigures:
+    key = decisions_key(run_id)
+    return store.collected(key, lambda: decision_figures(store.scan_parquet([key])))
 
 
 def _claimed(store: Store, name: str, content: str) -> tuple[str | None, dict[str, Any] | None]:
@@ -407,8 +383,3 @@ def _content(kept: Path) -> str:
     for rows in iter_file(kept, columns=["doc_id", "value", "source_uri", "source_row"], rows=_SLICE_ROWS):
         digest.update(rows.write_ndjson().encode())
     return digest.hexdigest()
-
-
-def _size_category(rows: int) -> str:
-    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
-    return next((name for power, name in enumerate(names, 3) if rows < 10**power), "10B<n<100B")

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from rise_ops import report_charts as drawn
 from rise_ops.report_budgets import Budgets, Unit, other_budgets
 from rise_ops.report_data import NO_LABEL, DecisionFigures, decision_figures
-from rise_ops.report_notices import notices, rule_text
+from rise_ops.report_notices import notices
 from rise_ops.report_rows import (
     Beside,
     NearDuplicateGroups,
@@ -36,6 +36,7 @@ from rise_ops.report_rows import (
     near_duplicate_groups,
     plane,
 )
+from rise_ops.report_steps import REASONS, selection_steps
 from rise_ops.report_text import FILTERS
 from rise_ops.runs import read_run
 from rise_ops.store import Store
@@ -50,12 +51,6 @@ TEXT_SHOWN = 1_000
 """Characters of a row's text."""
 SHARES_SHOWN = 4
 """Sources and labels whose shares are shown at other budgets."""
-STEPS = (
-    "no_prediction", "excluded_pattern", "excluded_target", "below_min_value", "below_percentile", "near_duplicate",
-    "not_sampled", "over_source_quota", "over_label_quota", "over_rows", "over_fraction", "over_tokens", "kept",
-)  # fmt: skip
-"""Reasons in the order in which a selection comes to them."""
-
 _TEMPLATES = Path(__file__).parent / "templates"
 
 Json = dict[str, Any]
@@ -99,8 +94,9 @@ def render_report(store: Store, run_id: str) -> str:
         "by_value": _by_value(run),
         "prefix": prefix,
         "charts": _charts(run, decided, prefix) if decided else {},
-        "steps": _steps(run, figures) if figures else [],
+        "steps": selection_steps(run.get("config") or {}, figures) if figures else [],
         "notices": notices(run, figures, rejected["total"] if rejected else 0),
+        "reasons": REASONS,
         "stability": (run.get("selection") or {}).get("stability"),
         "examples": examples,
         "queries": _queries(examples.get("queries") or []),
@@ -227,21 +223,6 @@ def _rejected(store: Store, run_id: str) -> Json | None:
         "classes": list(counted.iter_rows()),
         "rows": list(first.iter_rows(named=True)),
     }
-
-
-def _steps(run: Json, figures: DecisionFigures) -> list[Json]:
-    """What each rule took, in the order of the rules, and what was left after it."""
-    order = {reason: number for number, reason in enumerate(STEPS)}
-    reasons = sorted(figures.reasons, key=lambda found: (order.get(found.reason, 0), found.rule or ""))
-    left, tokens, steps = figures.rows, figures.tokens, []
-    for found in reasons:
-        if found.reason != "kept":
-            left, tokens = left - found.rows, tokens - found.tokens
-        steps.append(
-            {"reason": found.reason, "rule": found.rule, "says": rule_text(run, found.rule), "rows": found.rows,
-             "tokens": found.tokens, "left": left, "tokens_left": tokens}
-        )  # fmt: skip
-    return steps
 
 
 def _queries(queries: Sequence[Json]) -> list[Json]:

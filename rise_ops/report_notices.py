@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from rise_ops.report_data import BUDGET, DecisionFigures, Groups
-from rise_ops.report_text import brief_yaml, count, percent, setting
+from rise_ops.report_text import brief_yaml, count, percent
 
 _SCARCE = 1.1
 """A minimum is close to what cannot be had if the rows left are fewer than this many times it."""
@@ -130,8 +130,3 @@ def _values(run: Mapping[str, Any], figures: DecisionFigures) -> Iterator[Notice
     if figures.unvalued > figures.rows / 100:
         text = f"{count(figures.unvalued)} rows are too short to predict a token; without a value they are dropped."
         yield Notice("note", "Rows without a value", text, "steps")
-
-
-def rule_text(run: Mapping[str, Any], rule: str | None) -> str:
-    """What the configuration says at the key that decided."""
-    return setting(run.get("config") or {}, rule) if rule else ""

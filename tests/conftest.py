@@ -38,7 +38,6 @@ def _make_hermetic(home: Path) -> None:
         "DO_NOT_TRACK": "1",
         "HF_HOME": str(home / "huggingface"),
         "HF_HUB_OFFLINE": "1",
-        "MPLCONFIGDIR": str(home / "matplotlib"),
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # as the command line sets it
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -46,7 +45,7 @@ def _make_hermetic(home: Path) -> None:
     }
 
 
-# Prefect, transformers and matplotlib read these when they are imported, so fixtures would be too late.
+# Prefect and transformers read these when they are imported, so fixtures would be too late.
 _HOME: Final = Path(tempfile.mkdtemp(prefix="rise-ops-tests-"))
 _make_hermetic(_HOME)
 

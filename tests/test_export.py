@@ -263,4 +263,3 @@ def test_the_card_names_what_it_is(tmp_path: Path) -> None:
     made = _export(indexed)
     card = indexed.store.get(f"exports/{made.label}/README.md").decode()
     assert "path: data/*.parquet" in card and "- n<1K" in card and "| run | run |" in card
-    assert export._size_category(1_000_000) == "1M<n<10M"

@@ -43,7 +43,7 @@ TASK_LINES = 30
 BROUGHT_BY_S3FS = {"aiohttp", "botocore"}
 """Only their errors are named here; a requirement of our own could contradict that of s3fs."""
 LIGHT = ("rise_ops.config", "rise_ops.errors", "rise_ops.hashing", "rise_ops.progress", "rise_ops.store")
-HEAVY = ("matplotlib", "polars", "prefect", "pyarrow", "s3fs", "torch", "transformers", "zarr")
+HEAVY = ("polars", "prefect", "pyarrow", "s3fs", "torch", "transformers", "zarr")
 
 
 def modules(package: str) -> list[Path]:
