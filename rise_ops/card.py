@@ -140,14 +140,14 @@ def _sureness(stability: Mapping[str, Any]) -> str:
 
 def _making(lineage: Mapping[str, Any], run_id: str) -> str:
     model, corpus = lineage["model"], lineage["corpus"]
-    sketch = lineage.get("sketch")
+    sketch, code = lineage.get("sketch"), lineage.get("code")
     facts = [
         ("run", run_id),
         ("model", f"{escaped(model['name'])} ({short(model['fingerprint'])})"),
         ("sketch", escaped_whole(brief_yaml(sketch)) if sketch else ""),
         ("snapshot", corpus["snapshot_id"]),
         ("index", lineage["index_id"]),
-        ("code", escaped(brief_yaml(lineage["code"])) if lineage.get("code") else ""),
+        ("code", f"rise\\_ops {escaped(code['version'])}, commit {short(code['commit'])}" if code else ""),
     ]
     rows = [(name, text) for name, text in facts if text]
     return (

@@ -53,7 +53,7 @@ class Budget:
     """Value of the last row that is not reserved."""
     mean: float
     exhausted: bool
-    """There are fewer rows than the budget allows."""
+    """There are fewer rows than the budget allows; larger ones are left out."""
     shares: Mapping[str, Mapping[str, float]]
     """For `sources` and `labels`: the part that a group has of what is kept, in the budget's unit."""
 
@@ -176,11 +176,13 @@ def _budgets(open_: pl.LazyFrame, unit: Unit, ends: Sequence[_End | None],
         for number, total in enumerate(totals_row):
             parts = {name: found[name][str(number)] if name in found else 0 for name in names}
             shares[number][kind] = {name: part / (total[unit] or 1) for name, part in parts.items()}
-    return tuple(
+    budgets = [
         Budget(factor, **total, exhausted=end is None and factor > 1, shares=share)
         for factor, total, end, share in zip(FACTORS, totals_row, ends, shares, strict=True)
         if total["rows"]
-    )
+    ]
+    enough = next((place for place, budget in enumerate(budgets) if budget.exhausted), len(budgets))
+    return tuple(budgets[: enough + 1])
 
 
 def _turn(cut: Cut) -> pl.Expr:
