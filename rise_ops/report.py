@@ -43,12 +43,14 @@ from rise_ops.store import Store
 from rise_ops.visible import visible
 
 REJECTED_SHOWN = 50
-QUERIES_SHOWN = 20
+QUERIES_SHOWN = 15
 """Attributed queries on the page, as many of each target; the run's `examples.json` holds more."""
 REFERENCES_SHOWN = 20
 """Inputs or outputs listed of one stage."""
 TEXT_SHOWN = 1_000
 """Characters of a row's text."""
+HIT_SHOWN = 600
+"""Characters of the text of a query's hit: there are many."""
 SHARES_SHOWN = 4
 """Sources and labels whose shares are shown at other budgets."""
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -104,7 +106,7 @@ def render_report(store: Store, run_id: str) -> str:
         "rejected": rejected,
         "stage_shares": drawn.stage_shares(run.get("stages") or []),
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
-        "limits": {"text": TEXT_SHOWN, "rejected": REJECTED_SHOWN, "references": REFERENCES_SHOWN},
+        "limits": {"text": TEXT_SHOWN, "hit": HIT_SHOWN, "rejected": REJECTED_SHOWN, "references": REFERENCES_SHOWN},
     }
     return _environment().get_template("report.html.j2").render(**shown, contents=_contents(shown))
 

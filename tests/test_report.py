@@ -286,6 +286,27 @@ def test_a_page_of_100_000_rows_is_small_and_says_what_it_samples(whole: str) ->
     assert "A sample: 1,500 of 100,000 rows" in text and "A sample: 60 of the" in text
 
 
+def test_a_page_full_of_long_texts_stays_below_a_megabyte(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    long, frame = "文" * 2_000, synthetic_decisions(2_000)
+    tokens = [{"text": "文", "start": at, "end": at + 1, "score": 0.5 - at / 4_000} for at in range(1_000)]
+    row, found = hit(long, value=0.5, rank=3, label=long), hit(long, score=0.5, tokens=tokens, query_tokens=tokens)
+    query = {"query": long, "prompt": long, "top": [found] * 5, "bottom": [found] * 5}
+    examples = {
+        "format_version": 1,
+        "best": [row] * 10,
+        "worst": [row] * 10,
+        "cut": {"kept": [row] * 5, "dropped": [row] * 5},
+        "dropped": {reason: [row] * 3 for reason in ("excluded_pattern", "excluded_target", "near_duplicate")},
+        "near_duplicates": [{"size": 9, "stayed": row, "dropped": [row] * 4}] * 5,
+        "queries": [{"target": f"t{number % 8}", **query} for number in range(40)],
+    }
+    store.create_json(f"runs/{SYNTHETIC}/run.json", synthetic_record(frame))
+    put_frame(store, f"runs/{SYNTHETIC}/decisions.parquet", frame)
+    store.create_json(f"runs/{SYNTHETIC}/examples.json", examples)
+    assert len(render_report(store, SYNTHETIC).encode()) < 1_000_000
+
+
 def test_the_steps_leave_what_is_kept(store: Store, tmp_path: Path) -> None:
     other = Store(str(tmp_path / "other"))
     frame = write_synthetic_run(other, 3_000)
