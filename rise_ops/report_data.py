@@ -270,20 +270,26 @@ def _groups(decisions: pl.LazyFrame, group: pl.Expr, *, quota: str, rest: str, t
             value: Histogram | None, cut: Cut) -> Groups:  # fmt: skip
     tokens, kept, finite = pl.col("tokens").cast(pl.Int64), pl.col("kept"), pl.col("value").is_finite()
     waits = kept | pl.col("reason").is_in([*WAITING, "over_source_quota", "over_label_quota"])
+
+    def number(each: pl.Expr, name: str) -> pl.Expr:
+        return each.cast(pl.Int64).alias(name)
+
     table = (
-        decisions.group_by(group.alias("name"))
-        .agg(
-            pl.len().cast(pl.Int64).alias("rows"),
-            kept.cast(pl.Int64).sum().alias("kept"),
-            tokens.sum().alias("tokens"),
-            tokens.filter(kept).sum().alias("tokens_kept"),
-            (~waits).cast(pl.Int64).sum().alias("filtered"),
-            (pl.col("reason") == quota).cast(pl.Int64).sum().alias("over_quota"),
-            _reserved(cut.reserved_from).cast(pl.Int64).sum().alias("reserved"),
-            pl.col("value").filter(finite).cast(pl.Float64).sum().alias("value"),
-            *[pl.col(name).filter(finite).cast(pl.Float64).sum() for name in targets],
-            finite.cast(pl.Int64).sum().alias("valued"),
+        # sums of columns alone: with filters inside, Polars would hold all rows of a group
+        decisions.select(
+            group.alias("name"),
+            number(pl.lit(1), "rows"),
+            number(kept, "kept"),
+            tokens.alias("tokens"),
+            number(tokens * kept, "tokens_kept"),
+            number(~waits, "filtered"),
+            number(pl.col("reason") == quota, "over_quota"),
+            number(_reserved(cut.reserved_from), "reserved"),
+            *[pl.when(finite).then(pl.col(name).cast(pl.Float64)).alias(name) for name in ("value", *targets)],
+            number(finite, "valued"),
         )
+        .group_by("name")
+        .agg(pl.all().sum())
         .sort("rows", "name", descending=[True, False])
         .collect(engine="streaming")
     )
