@@ -40,8 +40,7 @@ from rise_ops.exchange import (
 from rise_ops.filters import as_label
 from rise_ops.memory import TILE_ROWS
 from rise_ops.progress import Progress, silent
-from rise_ops.scan import BLOCK_SHIFT, Float32Array
-from rise_ops.search import Best, Searched, exact_scores
+from rise_ops.scan import Float32Array, smallest
 from rise_ops.shapes import Width
 from rise_ops.signatures import Signer
 from rise_ops.sketch import SketchTables
@@ -240,8 +239,8 @@ class ReferenceIndex:
                progress: Progress = silent) -> pl.DataFrame:  # fmt: skip
         """The k rows of highest (or lowest) influence on each query, without importing anything.
 
-        Scores are those of `rise_ops.search`: exact, and the same whatever the shards. Rows without a signature are
-        left out; equal scores are in the order of the rows.
+        Scores are summed in float64 and rounded once. Rows without a signature are left out; equal scores are in the
+        order of the rows.
 
         Parameters
         ----------
@@ -264,47 +263,39 @@ class ReferenceIndex:
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ConfigError(f"queries are {list(queries.shape)}; {self.folder} has signatures of width {self.dim:,}")
-        queries = np.ascontiguousarray(queries, np.float32)
-        positions = np.arange(len(self.shards), dtype=np.int64)
-        best = Best(k, len(queries), Searched([], positions, [], positions), sign=1 if bottom else -1)
-        margin = 2 * self.dim * 2.0**-24 * float(np.linalg.norm(queries, axis=1).max(initial=1.0))
+        exact = np.asarray(queries, np.float64).T
+        best, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        sign = 1 if bottom else -1
         for number, shard in enumerate(self.shards):
             vectors = self.vectors(number)
             for first in range(0, shard.rows, TILE_ROWS):
                 own = vectors[first : first + TILE_ROWS]
                 usable = np.flatnonzero((own != 0).any(axis=1))
                 with np.errstate(all="ignore"):  # what is not finite is named below
-                    scores = own[usable].astype(np.float32) @ queries.T
+                    scores = (own[usable].astype(np.float64) @ exact).astype(np.float32)
                 if not np.isfinite(scores).all():
                     row = shard.start + first + int(usable[np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]])
                     raise IntegrityError(f"{self.folder / shard.file}: row {row} has entries that are not finite")
-
-                def exact(rows: npt.NDArray[np.int64], asked: npt.NDArray[np.int64], own: Float16Array = own,
-                          usable: npt.NDArray[np.int64] = usable) -> Float32Array:  # fmt: skip
-                    return exact_scores(own[usable[rows]], queries[asked])
-
-                best.add(scores, (number << BLOCK_SHIFT) + first + usable, exact=exact, margin=margin)
+                numbers = np.broadcast_to(shard.start + first + usable, (len(queries), len(usable)))
+                best, rows = smallest(k, best, rows, np.ascontiguousarray(scores.T), numbers, sign=sign)
                 progress(shard.start + first + len(own), self.num_rows)
-        return self._hits(best)
+        return self._hits(best, rows)
 
-    def _hits(self, best: Best) -> pl.DataFrame:
-        found = best.found()
-        width, held = found.rows.shape[1], found.rows.ravel()
-        starts = np.array([shard.start for shard in self.shards] or [0], np.int64)
-        numbers = starts[held >> BLOCK_SHIFT] + (held & ((1 << BLOCK_SHIFT) - 1))
+    def _hits(self, scores: Float32Array, rows: npt.NDArray[np.int64]) -> pl.DataFrame:
+        queries, width = rows.shape
         hits = pl.DataFrame(
             {
-                "query": np.repeat(np.arange(len(found.rows), dtype=np.uint32), width),
-                "rank": np.tile(np.arange(1, width + 1, dtype=np.uint32), len(found.rows)),
-                "idx": numbers,
-                "score": found.scores.ravel(),
+                "query": np.repeat(np.arange(queries, dtype=np.uint32), width),
+                "rank": np.tile(np.arange(1, width + 1, dtype=np.uint32), queries),
+                "idx": rows.ravel(),
+                "score": scores.ravel(),
             }
         )
-        wanted = pl.col("idx").is_in(numbers.tolist())
-        shards = np.unique(held >> BLOCK_SHIFT).tolist()
-        rows = [self.rows_of(number).filter(wanted).select("idx", "text", "label") for number in shards]
+        wanted = pl.col("idx").is_in(np.unique(rows).tolist())
+        shards = np.unique(self.shard_of(rows.ravel())).tolist()
+        held = [self.rows_of(number).filter(wanted).select("idx", "text", "label") for number in shards]
         empty = pl.DataFrame(schema={name: META[name] for name in ("idx", "text", "label")})
-        return hits.join(pl.concat([empty, *rows]), on="idx", how="left", maintain_order="left")
+        return hits.join(pl.concat([empty, *held]), on="idx", how="left", maintain_order="left")
 
     def signer(self, model: ModelConfig, *, memory: int, sketch: SketchConfig | None = None,
                any_name: bool = False) -> Signer:  # fmt: skip
