@@ -206,6 +206,74 @@ def compress(config: Config, set_: Overrides = None, json_: AsJson = False) -> N
     _emit(found, json_, lambda: show_codes(found))
 
 
+@app.command(name="import")
+def import_index(
+    config: Config,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Finished index directory of the reference RISE.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Least cosine of the rows that are computed for comparison.")
+    ] = 0.999,
+    any_name: Annotated[bool, typer.Option("--any-name", help="The index may name its model otherwise.")] = False,
+    set_: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """Take the signatures of a reference RISE index of one of the corpus' files, instead of computing them."""
+    from dataclasses import asdict
+
+    from flows.console import progress_bars, show_import
+    from rise_ops.config import load_config
+    from rise_ops.exchange_import import import_reference_index
+    from rise_ops.store import Store
+
+    loaded = load_config(config, overrides=set_ or [])
+    with progress_bars() as listen:
+        found = import_reference_index(
+            Store(loaded.store),
+            loaded,
+            folder,
+            tolerance=tolerance,
+            any_name=any_name,
+            progress=lambda done, total: listen("verify" if total else "import", done, total),
+        )
+    _emit(asdict(found), json_, lambda: show_import(asdict(found)))
+
+
+@app.command(name="export-index")
+def export_index(
+    config: Config,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Empty folder, or one with an interrupted export.")],
+    version: Annotated[int | None, typer.Option(min=1, help="Version of the corpus; default: the current one.")] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Rows of a file of vectors.")] = 4_096,
+    label: Annotated[str, typer.Option(metavar="FIELD", help="Column that goes along as the rows' label.")] = "label",
+    without_model: Annotated[
+        bool, typer.Option("--without-model", help="Do not load the model to record what it is recognised by.")
+    ] = False,
+    set_: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """Write the indexed corpus as an index directory that the reference RISE reads."""
+    from dataclasses import asdict
+
+    from flows.console import progress_bars, show_export_index
+    from rise_ops.config import load_config
+    from rise_ops.exchange_write import export_reference_index
+    from rise_ops.store import Store
+
+    loaded = load_config(config, overrides=set_ or [])
+    with progress_bars() as listen:
+        found = export_reference_index(
+            Store(loaded.store),
+            loaded,
+            folder,
+            version=version,
+            block_size=block_size,
+            label=label,
+            with_model=not without_model,
+            progress=lambda done, total: listen("export", done, total),
+        )
+    _emit(asdict(found), json_, lambda: show_export_index(asdict(found)))
+
+
 @app.command()
 def evaluate(
     config: Config,

@@ -134,6 +134,27 @@ def show_codes(found: Json) -> None:
     )
 
 
+def show_import(found: Json) -> None:
+    """What `curate import` did."""
+    _OUT.print(
+        f"{found['rows_imported']:,} rows imported in {found['blocks_imported']:,} blocks, {found['rows_computed']:,} "
+        f"computed, {found['rows_there']:,} were there: index {_short(found['index_id'])}"
+    )
+    if found["sample_rows"]:
+        lowest, median = found["cosine_min"], found["cosine_median"]
+        _OUT.print(f"{found['sample_rows']} rows computed for comparison: cosine {lowest:.4f} to {median:.4f} (median)")
+    if found["blocks_left"]:
+        _OUT.print(f"{found['rows_left']:,} rows of the corpus are left: run curate index")
+
+
+def show_export_index(found: Json) -> None:
+    """What `curate export-index` did."""
+    _OUT.print(
+        f"{found['rows']:,} rows ({found['rows_empty']:,} without a vector) of {found['dim']:,} numbers in "
+        f"{found['shards']:,} files, {found['bytes'] / 2**20:,.1f} MiB: {plain(found['folder'])}"
+    )
+
+
 def show_attribution(found: Sequence[Json]) -> None:
     """Hits of each query."""
     for item in found:
