@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from rise_ops.alive import alive_if_possible
 from rise_ops.code_search import search_codes
@@ -27,6 +28,7 @@ from rise_ops.search import Found, Wanted, search
 from rise_ops.session import open_indexed, open_queries
 from rise_ops.store import Store
 from rise_ops.targets import Target
+from rise_ops.trunk import pick_device
 
 _BLOCKS_AT_ONCE = 32
 _LOCATED = ("doc_id", "text", "source_uri", "source_row")
@@ -92,15 +94,16 @@ def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow]
         codes = None if rescore is None else (config.simhash or SimHashConfig(), rescore)
         extremes = find_extremes(
             store, indexed.index_id, indexed.blocks, {"queries": target}, k=k,
-            wanted=only.wanted(store, indexed.version), codes=codes, memory=int(config.limits.memory),
-            progress=progress,
+            wanted=only.wanted(store, indexed.version), codes=codes, device=pick_device(config.model.device),
+            memory=int(config.limits.memory), progress=progress,
         )  # fmt: skip
         return explain(store, indexed.version, indexed.blocks, target, extremes, only=only)
 
 
 def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: Mapping[str, Target], *, k: int,
                   wanted: Wanted | None = None, codes: tuple[SimHashConfig, int] | None = None,
-                  memory: int | None = None, progress: Progress = silent) -> pl.DataFrame:  # fmt: skip
+                  device: torch.device | str = "cpu", memory: int | None = None,
+                  progress: Progress = silent) -> pl.DataFrame:  # fmt: skip
     """The k highest and lowest rows of each query: target, query, side, rank, block, block_row, score.
 
     Parameters
@@ -109,6 +112,8 @@ def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: M
         Rows that are searched; all where None.
     codes
         Search these codes, and score so many times k rows of what they find from the signatures.
+    device
+        Where codes are multiplied.
     memory
         Bytes that the search may take.
 
@@ -121,7 +126,7 @@ def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: M
     if codes is not None:
         config, rescore = codes
         ends = search_codes(store, identity, blocks, stacked, config, k=k, k_bottom=k, rescore=rescore, wanted=wanted,
-                            progress=progress)  # fmt: skip
+                            device=device, memory=memory or 2**30, progress=progress)  # fmt: skip
     else:
         count, dim = stacked.shape
         plan = None if memory is None else value_memory(memory, queries=count, dim=dim, aggregate="mean", extremes=k)

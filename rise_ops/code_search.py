@@ -4,7 +4,11 @@ A query stays a float vector: its rotated coordinates are rounded to 8-bit integ
 (max|z| / 127, so the rounding adds less than 1 % to the standard error of the estimate), and multiplied with the bits
 of the codes, unpacked to 0 and 1, in an integer matrix product with 32-bit sums: exact, so results do not depend on
 tiles or order. `Σ sign·z = 2 Σ bit·z − Σ z` turns bits into signs. What comes out estimates the score without bias
-(`rise_ops.simhash`).
+(`rise_ops.simhash`). Codes are read by several threads and unpacked ahead of the products.
+
+Counting bits (xor or and, then popcount) would take a pass for each bit of the query: eight, which is slower than
+unpacking even for a single query. It only wins for queries of one bit a coordinate, whose estimate is biased and not
+linear.
 
 With `rescore` the best `rescore · k` rows of each query are read from the float index, a range of bytes each, and
 ranked by their exact scores, as `rise_ops.search` computes them.
@@ -12,26 +16,30 @@ ranked by their exact scores, as `rise_ops.search` computes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from rise_ops.codes import read_codes, read_simhash
 from rise_ops.config import SimHashConfig
 from rise_ops.errors import MissingObjectError, ModelError
+from rise_ops.heap import steady_heap
 from rise_ops.index import read_rows
 from rise_ops.logs import each_block
+from rise_ops.memory import CODE_TILE_ROWS, CodesMemory, codes_memory
 from rise_ops.progress import Progress, silent
-from rise_ops.scan import BLOCK_SHIFT, Float32Array
-from rise_ops.search import Best, Found, Searched, Wanted, exact_scores, pick
+from rise_ops.scan import BLOCK_SHIFT, Float32Array, read_ahead
+from rise_ops.search import Best, Found, Indices, Mask, Searched, Wanted, exact_scores
 from rise_ops.simhash import Codes, scale
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
-TILE_ROWS = 1_024
 _ROW_MASK = (1 << BLOCK_SHIFT) - 1
-_PAIRS_AT_ONCE = 64
+_ROWS_AT_ONCE = 64
+_SHIFTS = range(7, -1, -1)
 
 
 class CodeScorer:
@@ -48,30 +56,40 @@ class CodeScorer:
     def __init__(self, projected: Float32Array, *, device: torch.device | str = "cpu") -> None:
         queries, bits = projected.shape
         step = np.maximum(np.abs(projected).max(axis=1), 1e-30) / 127
-        rounded = np.rint(projected / step[:, None]).astype(np.int8)
         padded = np.zeros((-(-queries // 8) * 8, bits), np.int8)  # integer products want multiples of 8
-        padded[:queries] = rounded
+        np.rint(projected / step[:, None], out=padded[:queries], casting="unsafe")
         self._device = torch.device(device)
         self._queries = torch.from_numpy(padded).to(self._device).t()
-        self._sums = rounded.sum(axis=1, dtype=np.int64)
+        self._sums = padded[:queries].sum(axis=1, dtype=np.int32)
         self._factor = (step * scale(bits)).astype(np.float32)
-        self._count = queries
 
     def score(self, codes: Codes) -> Float32Array:
         """Estimates of the scores, [rows, bits/8] → float32 [rows, queries]."""
-        found = np.empty((len(codes), self._count), np.float32)
-        for start in range(0, len(codes), TILE_ROWS):
-            tile = codes[start : start + TILE_ROWS]
-            bits = np.zeros((max(32, -(-len(tile) // 8) * 8), 8 * codes.shape[1]), np.int8)
-            bits[: len(tile)] = np.unpackbits(tile, axis=1).view(np.int8)
-            product = torch._int_mm(torch.from_numpy(bits).to(self._device), self._queries).cpu().numpy()
-            signed = 2 * product[: len(tile), : self._count] - self._sums
-            found[start : start + len(tile)] = signed * self._factor
-        return found
+        tiles = [codes[start : start + CODE_TILE_ROWS] for start in range(0, len(codes), CODE_TILE_ROWS)]
+        found = [self.multiply(self.unpack(tile))[: len(tile)] for tile in tiles]
+        return np.concatenate(found) if found else np.empty((0, len(self._sums)), np.float32)
+
+    def unpack(self, codes: Codes) -> torch.Tensor:
+        """One int8 for each bit, 0 or 1, [rows, bits]; zeros below, because integer products want more rows."""
+        rows, padded = len(codes), max(32, -(-len(codes) // 8) * 8)
+        if self._device.type == "cpu":
+            bits = np.unpackbits(codes, axis=1).view(np.int8)
+            return torch.from_numpy(bits if padded == rows else np.pad(bits, ((0, padded - rows), (0, 0))))
+        packed = torch.from_numpy(np.pad(codes, ((0, padded - rows), (0, 0)))).to(self._device)
+        shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=self._device)
+        return ((packed[:, :, None] >> shifts) & 1).view(torch.int8).flatten(1)
+
+    def multiply(self, bits: torch.Tensor) -> Float32Array:
+        """Estimates of the scores of unpacked codes, [rows, bits] → float32 [rows, queries]."""
+        sums: torch.Tensor = torch._int_mm(bits, self._queries)
+        signed = sums.cpu().numpy()[:, : len(self._sums)]
+        np.multiply(signed, 2, out=signed)
+        np.subtract(signed, self._sums, out=signed)
+        return np.multiply(signed, self._factor, dtype=np.float32, casting="unsafe")
 
 
 def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Float32Array, config: SimHashConfig, *,
-                 k: int, k_bottom: int = 0, rescore: int = 4, wanted: Wanted | None = None,
+                 k: int, k_bottom: int = 0, rescore: int = 4, wanted: Wanted | None = None, memory: int = 2**30,
                  device: torch.device | str = "cpu", progress: Progress = silent) -> tuple[Found, Found]:  # fmt: skip
     """`search.search` over codes.
 
@@ -79,11 +97,15 @@ def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Fl
     ----------
     rescore
         So many times k rows are scored from the float index; 0: estimates are returned as scores.
+    memory
+        Bytes that the search may take.
 
     Raises
     ------
     ModelError
         The index has no such codes.
+    LimitError
+        So many queries do not fit in `memory`.
     IntegrityError
         Codes of a block are missing or damaged.
     """
@@ -93,19 +115,20 @@ def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Fl
         raise ModelError(
             f"index {identity[:12]} has no codes of {config.bits:,} bits with seed {config.seed}; run `curate compress`"
         ) from None
-    searched = pick(store, identity, blocks, wanted)
-    scorer = CodeScorer(simhash.project(queries), device=device)
     wider = max(1, rescore)
+    plan = codes_memory(memory, queries=len(queries), dim=queries.shape[1], bits=config.bits,
+                        kept=wider * (k + k_bottom))  # fmt: skip
+    steady_heap()
+    searched = Searched(store, identity, blocks, wanted)
+    scorer = CodeScorer(simhash.project(queries), device=device)
     ends = [Best(k * wider, len(queries), searched, sign=-1), Best(k_bottom * wider, len(queries), searched, sign=1)]
     done = 0
-    for number, record in each_block(enumerate(searched.records), lambda item: item[1].block_id):
-        codes = read_codes(store, identity, record.block_id, config)
-        for start in range(0, len(codes), TILE_ROWS):
-            usable = start + np.flatnonzero(searched.rows[number][start : start + TILE_ROWS])
-            scores = scorer.score(codes[usable])
-            for end in ends:
-                end.add(scores, (number << BLOCK_SHIFT) + usable)
-        done += len(codes)
+    tiles = _tiles(store, identity, searched, config, plan, scorer)
+    for number, rows, bits in each_block(tiles, lambda tile: searched.records[tile[0]].block_id):
+        scores = scorer.multiply(bits)[: len(rows)]
+        for end in ends:
+            end.add(scores, (number << BLOCK_SHIFT) + rows)
+        done += len(rows)
         progress(done, None)
     if not rescore:
         return ends[0].found(), ends[1].found()
@@ -113,32 +136,58 @@ def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Fl
     return top, _rescored(store, identity, searched, ends[1].rows, queries, k_bottom, sign=1)
 
 
-def _rescored(store: Store, identity: str, searched: Searched, rows: npt.NDArray[np.int64], queries: Float32Array,
+def _tiles(store: Store, identity: str, searched: Searched, config: SimHashConfig, plan: CodesMemory,
+           scorer: CodeScorer) -> Iterator[tuple[int, Indices, torch.Tensor]]:  # fmt: skip
+    """Number of the block, rows and unpacked codes, a tile ahead."""
+
+    def unpacked() -> Iterator[tuple[int, Indices, torch.Tensor]]:
+        for number, mask, codes in _blocks(store, identity, searched, config, plan.blocks):
+            rows = np.flatnonzero(mask)
+            for start in range(0, len(rows), CODE_TILE_ROWS):
+                some = rows[start : start + CODE_TILE_ROWS]
+                yield number, some, scorer.unpack(codes[some])
+
+    return read_ahead(unpacked(), 2)
+
+
+def _blocks(store: Store, identity: str, searched: Searched, config: SimHashConfig, count: int,
+            ) -> Iterator[tuple[int, Mask, Codes]]:  # fmt: skip
+    """Blocks with a wanted row, `count` of them in memory at a time: small objects, so latency would rule."""
+
+    def read(number: int) -> tuple[int, Mask, Codes] | None:
+        mask = searched.rows(number)
+        if not mask.any():
+            return None
+        return number, mask, read_codes(store, identity, searched.records[number].block_id, config)
+
+    pending: deque[Future[tuple[int, Mask, Codes] | None]] = deque()
+    with ContextPool(count) as pool:
+        for number in range(len(searched.records) + count):
+            if number < len(searched.records):
+                pending.append(pool.submit(read, number))
+            if number >= count - 1 and pending:
+                block = pending.popleft().result()
+                if block is not None:
+                    yield block
+                del block
+
+
+def _rescored(store: Store, identity: str, searched: Searched, rows: Indices, queries: Float32Array,
               k: int, *, sign: int) -> Found:  # fmt: skip
     """The k best of some rows of each query, [queries, rows], by their exact scores."""
     best = Best(k, len(queries), searched, sign=sign)
-    if not rows.size:
-        return best.found()
     asked, places = np.nonzero(rows >= 0)
     named = rows[asked, places]
     order = np.argsort(named, kind="stable")
     asked, named = asked[order], named[order]
     distinct = np.unique(named)
-    for start in range(0, len(distinct), _PAIRS_AT_ONCE):
-        some = distinct[start : start + _PAIRS_AT_ONCE]
-        signatures = _fetched(store, identity, searched, some)
+    for start in range(0, len(distinct), _ROWS_AT_ONCE):  # each row is read once, whoever asks for it
+        some = distinct[start : start + _ROWS_AT_ONCE]
+        signatures = read_rows(
+            store, identity, [(searched.records[row >> BLOCK_SHIFT], row & _ROW_MASK) for row in some.tolist()]
+        )
         mine = slice(*np.searchsorted(named, [some[0], some[-1] + 1]).tolist())
         for query in np.unique(asked[mine]).tolist():
             own = np.searchsorted(some, named[mine][asked[mine] == query])
-            exact = exact_scores(signatures[own], np.broadcast_to(queries[query], (len(own), queries.shape[1])))
-            best.add_to(query, exact, some[own])
+            best.add_to(query, exact_scores(signatures, own, queries[query]), some[own])
     return best.found()
-
-
-def _fetched(store: Store, identity: str, searched: Searched, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-    blocks = rows >> BLOCK_SHIFT
-    parts = [
-        read_rows(store, identity, searched.records[number], rows[blocks == number] & _ROW_MASK)
-        for number in np.unique(blocks).tolist()
-    ]
-    return np.concatenate(parts)

@@ -367,8 +367,8 @@ def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> 
     return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
 
 
-def read_rows(store: Store, identity: str, record: BlockRecord, rows: npt.NDArray[np.integer[Any]]) -> Float16Array:
-    """Some rows of a block, [rows, dim] float16, each by a range of bytes of its chunk.
+def read_rows(store: Store, identity: str, places: Sequence[tuple[BlockRecord, int]]) -> Float16Array:
+    """Some rows, each named by its block and its place there, [places, dim] float16, by a range of bytes each.
 
     A range has no checksum of its own; what is not of unit length, or zero, is refused.
 
@@ -377,39 +377,37 @@ def read_rows(store: Store, identity: str, record: BlockRecord, rows: npt.NDArra
     IntegrityError
         A chunk is missing, or what stands there is no signature.
     """
-    found = np.empty((len(rows), record.dim), np.float16)
-
-    def read(place: int) -> None:
-        chunk, row = divmod(int(rows[place]), record.chunk_rows)
-        key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
-
-        def look() -> Float16Array:
-            try:
-                data = np.frombuffer(store.get_range(key, 2 * row * record.dim, 2 * record.dim), "<f2")
-            except MissingObjectError:
-                data = np.empty(0, np.float16)
-            except StoreError:
-                if (store.size(key) or 0) >= 2 * (row + 1) * record.dim:
-                    raise
-                data = np.empty(0, np.float16)
-            norm = float(np.linalg.norm(data.astype(np.float64))) if len(data) == record.dim else -1.0
-            if not (abs(norm - 1) < _NORM_ERROR or norm == 0):
-                raise DamagedError(
-                    f"{store.url(key)} has no signature of row {row}; run `curate verify --deep`, which notes what is "
-                    "damaged, and `curate index`",
-                    store.url(key),
-                )
-            return data
-
-        found[place] = store.checked(key, look)
-
-    if store.is_local:
-        for place in range(len(rows)):
-            read(place)
+    if store.is_local:  # threads would only wait for each other
+        rows = [_read_row(store, identity, *place) for place in places]
     else:
         with ContextPool(_READERS) as pool:
-            list(pool.map(read, range(len(rows))))
-    return found
+            rows = list(pool.map(lambda place: _read_row(store, identity, *place), places))
+    return np.stack(rows)
+
+
+def _read_row(store: Store, identity: str, record: BlockRecord, place: int) -> Float16Array:
+    chunk, row = divmod(place, record.chunk_rows)
+    key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
+
+    def look() -> Float16Array:
+        try:
+            data = np.frombuffer(store.get_range(key, 2 * row * record.dim, 2 * record.dim), "<f2")
+        except MissingObjectError:
+            data = np.empty(0, np.float16)
+        except StoreError:
+            if (store.size(key) or 0) >= 2 * (row + 1) * record.dim:
+                raise
+            data = np.empty(0, np.float16)
+        norm = float(np.linalg.norm(data.astype(np.float64))) if len(data) == record.dim else -1.0
+        if not (abs(norm - 1) < _NORM_ERROR or norm == 0):
+            raise DamagedError(
+                f"{store.url(key)} has no signature of row {place}; run `curate verify --deep`, which notes what is "
+                "damaged, and `curate index`",
+                store.url(key),
+            )
+        return data
+
+    return store.checked(key, look)
 
 
 def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rise_ops.errors import DamagedError, MissingObjectError
 from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records
-from rise_ops.scan import _ahead
+from rise_ops.scan import read_ahead
 from rise_ops.store import Store
 from rise_ops.threads import ContextPool
 
@@ -78,7 +78,7 @@ class IndexRows:
         IntegrityError
             A chunk is missing or damaged.
         """
-        return _ahead(self._chunks(wanted), at_once)
+        return read_ahead(self._chunks(wanted), at_once)
 
     def _chunks(self, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[int, Float16Array]]:
         for start, record in zip(self._starts.tolist(), self._records, strict=False):

@@ -42,6 +42,8 @@ _SLICE_BYTES = 1_536  # a row of decisions: its columns in Polars, joined with i
 _FUSED_BYTES = 64  # one of a query's best rows, merged and sorted by place
 CODE_ROWS = 32
 """Signatures that are rotated at a time."""
+CODE_TILE_ROWS = 1_024
+"""Codes that are unpacked and multiplied at a time."""
 _ROTATED_BYTES = 48  # an entry of these: float32, padded to a power of two, in five buffers
 _BATCH_BYTES = 48 * MIB  # rows that are decided together: which of them are candidates of each other, their codes
 _PAIR_BYTES = 40  # an entry of two signatures whose cosine is computed: float16, float32, squares, products, four more
@@ -77,6 +79,15 @@ class ValueMemory:
 
     plan: StageMemory
     scan: ScanMemory
+
+
+@dataclass(frozen=True, slots=True)
+class CodesMemory:
+    """A search over codes."""
+
+    plan: StageMemory
+    blocks: int
+    """Blocks of codes in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +201,29 @@ def value_memory(memory: int, *, queries: int, dim: int, aggregate: str, extreme
     need = fixed + chunks * chunk + tiles * tile
     text = f"{queries:,} queries of {dim:,}, {chunks} chunks of {_mib(chunk)} MiB, {tiles * TILE_ROWS:,} rows at a time"
     return ValueMemory(_plan("value", text, need, memory, tasks), ScanMemory(chunks, tiles * TILE_ROWS))
+
+
+def codes_memory(memory: int, *, queries: int, dim: int, bits: int, kept: int) -> CodesMemory:
+    """Plan for a search over codes: the queries, unpacked codes, their products, some blocks of codes.
+
+    Parameters
+    ----------
+    kept
+        Candidates of a query, at both ends together.
+
+    Raises
+    ------
+    LimitError
+        So many queries do not fit.
+    """
+    block = MAX_ROWS * (bits // 8 + 16)
+    held = queries * (12 * dim + 9 * bits + 40 * kept)
+    work = _ROTATED_BYTES * CODE_ROWS * dim + 4 * CODE_TILE_ROWS * bits + 20 * CODE_TILE_ROWS * queries
+    need = _IDLE + held + work + 256 * dim + 32 * MIB
+    _refuse("search", need + block, memory, 1, remedy="use fewer queries")
+    blocks = max(1, min(8, (memory - need) // block))
+    text = f"{queries:,} queries of {bits:,}, {blocks} blocks of codes of {_mib(block)} MiB"
+    return CodesMemory(_plan("search", text, need + blocks * block, memory, 1), blocks)
 
 
 def select_memory(memory: int, *, rows: int, queries: int, aggregate: str) -> SelectMemory:

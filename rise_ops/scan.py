@@ -69,19 +69,22 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     IntegrityError
         A stored chunk is missing or damaged.
     """
-    for number, start, scores, _ in iter_pieces(store, identity, records, queries, memory=memory):
+    for number, start, scores, _ in iter_pieces(store, identity, enumerate(records), queries, memory=memory):
         yield number, start, scores
 
 
-def iter_pieces(store: Store, identity: str, records: Sequence[BlockRecord], queries: Float32Array, *,
+def iter_pieces(store: Store, identity: str, records: Iterable[tuple[int, BlockRecord]], queries: Float32Array, *,
                 memory: ScanMemory = DEFAULT_MEMORY,
                 ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
-    """`iter_scores`, with the signatures of each piece, [rows, dim] float16."""
+    """`iter_scores` of numbered records, with the signatures of each piece, [rows, dim] float16.
+
+    Records are asked for in the thread that reads ahead, so what they cost is hidden behind the arithmetic.
+    """
     steady_heap()
     scorer = _Scorer(queries)
     out = np.empty((memory.piece_rows, len(queries)), dtype=np.float32)
     row, current = 0, 0
-    for number, chunk in _ahead(_numbered_chunks(store, identity, records), memory.chunks):
+    for number, chunk in read_ahead(_numbered_chunks(store, identity, records), memory.chunks):
         row, current = (row if number == current else 0), number
         for start in range(0, len(chunk), memory.piece_rows):
             piece = out[: min(memory.piece_rows, len(chunk) - start)]
@@ -92,9 +95,10 @@ def iter_pieces(store: Store, identity: str, records: Sequence[BlockRecord], que
         del chunk, part  # or they would stay while the next ones are read
 
 
-def _numbered_chunks(store: Store, identity: str, records: Sequence[BlockRecord]) -> Iterator[tuple[int, Float16Array]]:
+def _numbered_chunks(store: Store, identity: str, records: Iterable[tuple[int, BlockRecord]],
+                     ) -> Iterator[tuple[int, Float16Array]]:  # fmt: skip
     """Chunks with their record's number; none is held here."""
-    for number, record in enumerate(records):
+    for number, record in records:
         for chunk in range(-(-record.rows // record.chunk_rows)):
             yield number, read_chunk(store, identity, record, chunk)
 
@@ -196,7 +200,7 @@ def smallest(k: int, kept: Float32Array, kept_rows: npt.NDArray[np.int64], new: 
     return best, best_rows
 
 
-def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
     """Iterate with a thread that reads ahead, so that `count` items are held at most, the last one included."""
     iterator = iter(items)
     with ContextPool(1) as pool:

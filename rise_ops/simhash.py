@@ -20,6 +20,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,10 +31,10 @@ import torch
 
 from rise_ops.errors import IntegrityError
 from rise_ops.hashing import fingerprint
+from rise_ops.memory import CODE_ROWS
 
 VERSION = 1
 """Raised when the same seed would give other codes."""
-_ROWS_AT_ONCE = 256
 _FACTOR = 32
 
 Float32Array = npt.NDArray[np.float32]
@@ -81,17 +82,24 @@ class SimHash:
 
     def project(self, x: npt.NDArray[Any] | torch.Tensor, *, device: torch.device | str = "cpu") -> Float32Array:
         """The kept coordinates of √n·R x: [rows, dim] → float32 [rows, bits]."""
-        return self._rotated(torch.as_tensor(x), torch.device(device)).cpu().numpy()
+        found = np.empty((len(x), self.bits), np.float32)
+        for start, rotated in self._parts(x, torch.device(device)):
+            found[start : start + len(rotated)] = rotated.cpu().numpy()
+        return found
 
     def codes(self, x: npt.NDArray[Any] | torch.Tensor, *, device: torch.device | str = "cpu") -> Codes:
         """Sign bits, 1 for a positive coordinate, most significant first: [rows, dim] → uint8 [rows, bits/8]."""
         found = np.empty((len(x), -(-self.bits // 8)), np.uint8)
-        for start in range(0, len(x), _ROWS_AT_ONCE):
-            some = x[start : start + _ROWS_AT_ONCE]
-            part = some if isinstance(some, torch.Tensor) else torch.from_numpy(some.astype(np.float32))
-            positive = self._rotated(part, torch.device(device)) > 0
-            found[start : start + len(part)] = np.packbits(positive.cpu().numpy(), axis=1)
+        for start, rotated in self._parts(x, torch.device(device)):
+            found[start : start + len(rotated)] = np.packbits((rotated > 0).cpu().numpy(), axis=1)
         return found
+
+    def _parts(self, x: npt.NDArray[Any] | torch.Tensor, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        for start in range(0, len(x), CODE_ROWS):
+            some = x[start : start + CODE_ROWS]
+            # a copy, because torch takes no read-only memory
+            part = some if isinstance(some, torch.Tensor) else torch.from_numpy(some.copy())
+            yield start, self._rotated(part, device)
 
     @torch.inference_mode()
     def _rotated(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -155,7 +163,10 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     while done < n:
         size = min(_FACTOR, n // done)
         matrix = _matrix(size).to(x.device)
-        x = (matrix @ x.reshape(rows, n // (done * size), size, done)).reshape(rows, n)
+        if done == 1:  # one large product, not many with a vector
+            x = (x.reshape(-1, size) @ matrix).reshape(rows, n)
+        else:
+            x = (matrix @ x.reshape(rows, n // (done * size), size, done)).reshape(rows, n)
         done *= size
     return x
 
