@@ -19,11 +19,29 @@ from tasks.dispatch import run_all
 
 @flow(name="attribute", flow_run_name=lambda: run_name("attribute"), **FLOW_OPTIONS)
 def attribute(
-    config: CurationConfig, queries: str | None = None, text: str | None = None, prompt: str | None = None, k: int = 10
+    config: CurationConfig,
+    queries: str | None = None,
+    text: str | None = None,
+    prompt: str | None = None,
+    k: int = 10,
+    source: str | None = None,
+    label: str | None = None,
+    version: int | None = None,
+    rescore: int | None = None,
 ) -> dict[str, Any]:
-    """Attribute queries of a file, or one text. Returns where the hits are in the store."""
+    """Attribute queries of a file, or one text. Returns where the hits are in the store.
+
+    Parameters
+    ----------
+    source, label, version
+        Where rows are searched: a source object or glob, FIELD=VALUE, a version of the corpus.
+    rescore
+        Where given, codes are searched, and so many times k rows are scored from the index.
+    """
     with dispatcher(config) as runner:
-        call = {"config": config, "queries": queries, "text": text, "prompt": prompt, "k": k}
+        asked = {"queries": queries, "text": text, "prompt": prompt, "k": k}
+        where = {"source": source, "label": label, "version": version, "rescore": rescore}
+        call = {"config": config, **asked, **where}
         (found,) = run_all(runner, attribute_queries, [call], store_uri=config.store)
         run_all(runner, publish_hits, [{"key": found["outputs"][0]}], store_uri=config.store)
     return found

@@ -232,7 +232,7 @@ def show_status(found: Json) -> None:
     """What a store holds."""
     columns = {
         "corpora": ("name", "version", "objects", "rows", "rejected"),
-        "indexes": ("index_id", "model", "dim", "temperature", "blocks", "bytes"),
+        "indexes": ("index_id", "model", "dim", "temperature", "blocks", "bytes", "codes"),
         "exports": ("name", "version", "rows", "run_id"),
         "runs": ("run_id", "status", "seconds", "rows_kept", "export", "error"),
     }

@@ -135,7 +135,7 @@ def compress(run: Recorder, runner: Runner, config: CurationConfig, indexed: Jso
         tracker = Tracker("compress", [sum(sizes[block] for block in batch) for batch in batches])
         run_all(runner, compress_blocks, calls, store_uri=config.store, tracker=tracker)
         stage.read(f"indexes/{indexed['index_id']}/index.json", sha256=indexed["index_id"], rows=sum(indexed["rows"]))
-        stage.wrote(plan["folder"], rows=sum(indexed["rows"]))
+        stage.wrote(f"{plan['folder']}/simhash.npz", rows=sum(indexed["rows"]))
         stage.cached = not plan["missing"]
 
 

@@ -39,7 +39,6 @@ from rise_ops.threads import ContextPool
 
 _ROW_MASK = (1 << BLOCK_SHIFT) - 1
 _ROWS_AT_ONCE = 64
-_SHIFTS = range(7, -1, -1)
 
 
 class CodeScorer:
@@ -75,9 +74,7 @@ class CodeScorer:
         if self._device.type == "cpu":
             bits = np.unpackbits(codes, axis=1).view(np.int8)
             return torch.from_numpy(bits if padded == rows else np.pad(bits, ((0, padded - rows), (0, 0))))
-        packed = torch.from_numpy(np.pad(codes, ((0, padded - rows), (0, 0)))).to(self._device)
-        shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=self._device)
-        return ((packed[:, :, None] >> shifts) & 1).view(torch.int8).flatten(1)
+        return unpacked(torch.from_numpy(np.pad(codes, ((0, padded - rows), (0, 0)))).to(self._device))
 
     def multiply(self, bits: torch.Tensor) -> Float32Array:
         """Estimates of the scores of unpacked codes, [rows, bits] → float32 [rows, queries]."""
@@ -86,6 +83,12 @@ class CodeScorer:
         np.multiply(signed, 2, out=signed)
         np.subtract(signed, self._sums, out=signed)
         return np.multiply(signed, self._factor, dtype=np.float32, casting="unsafe")
+
+
+def unpacked(codes: torch.Tensor) -> torch.Tensor:
+    """One int8 for each bit, on the device where the codes are: [rows, bits/8] uint8 → [rows, bits]."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
+    return ((codes[:, :, None] >> shifts) & 1).view(torch.int8).flatten(1)
 
 
 def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Float32Array, config: SimHashConfig, *,

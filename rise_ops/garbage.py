@@ -7,7 +7,7 @@ Kept are
 - runs: the recorded ones whose corpus version is kept, and failed ones that are younger than the oldest kept
   version of their corpus. What a killed run left goes;
 - whatever these name: snapshots, object records, packs, blocks, the index blocks of kept blocks, scores,
-  quarantine; indexes that still have a block or a run, and their targets.
+  quarantine; indexes that still have a block or a run, and their targets and codes; attributions of these versions.
 
 Everything is decided before anything is removed. Records go before what they vouch for, so that whatever moment
 the collector is stopped at, no reader takes half of something for the whole. It gives a sign of life
@@ -54,6 +54,7 @@ _KINDS: dict[str, re.Pattern[str]] = {
         "codes": rf"indexes/(?P<index>{_HEX})/codes/[^/]+/(?P<id>{_HEX})\.bin",
         "indexes": rf"indexes/(?P<index>{_HEX})/(index\.json|tables\.zarr/.+|codes/[^/]+/simhash\.npz)",
         "blocks": rf"blocks/(?P<id>{_HEX})\.parquet",
+        "attributions": rf"attributions/(?P<id>{_HEX})\.json",
         "signs of life": r"alive/.+",
         "probes": r"\.probe/.+",
     }.items()
@@ -216,6 +217,9 @@ def _garbage(store: Store, reached: Reached, living: Collection[str]) -> Iterato
             idle.append((match["index"], key, size))
         elif kind == "targets":
             aside.append((match["id"], kind, key, size))
+        elif kind == "attributions":
+            if not _is_answered(store, reached, key):
+                yield kind, key, size
         elif not _keeps(reached, kind, match, key, living):
             yield kind, key, size
         elif kind == "index records":
@@ -224,6 +228,15 @@ def _garbage(store: Store, reached: Reached, living: Collection[str]) -> Iterato
     yield from (("indexes", key, size) for identity, key, size in idle if identity not in kept)
     targets = {name: _index_of(store, name) in kept for name in {item[0] for item in aside}}
     yield from ((kind, key, size) for name, kind, key, size in aside if not targets[name])
+
+
+def _is_answered(store: Store, reached: Reached, key: str) -> bool:
+    """Whether the corpus version that an attribution quotes is kept, or it does not say which."""
+    try:
+        found = store.get_json(key).get("corpus")
+    except (MissingObjectError, DamagedError):
+        return False
+    return found is None or version_key(found["name"], found["version"]) in reached.versions
 
 
 def _index_of(store: Store, target: str) -> str | None:

@@ -47,7 +47,7 @@ Columns = dict[str, str]
 _KINDS = {
     "corpus": re.compile(r"(?P<name>corpora/[^/]+)/versions/(?P<version>\d+)\.json"),
     "index": re.compile(r"(?P<name>indexes/(?P<version>[^/]+))/index\.json"),
-    "codes": re.compile(r"(?P<name>indexes/(?P<version>[^/]+)/codes/[^/]+)"),
+    "codes": re.compile(r"(?P<name>indexes/(?P<version>[^/]+)/codes/[^/]+)/simhash\.npz"),
     "target": re.compile(r"(?P<name>targets/(?P<version>[^/]+))\.json"),
     "scores": re.compile(r"(?P<name>scores/(?P<version>[^/]+))(/.+)?"),
     "decisions": re.compile(r"(?P<name>runs/(?P<version>[^/]+)/decisions\.parquet)"),

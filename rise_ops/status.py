@@ -55,6 +55,7 @@ def _index(store: Store, identity: str) -> Json:
         "temperature": described["sketch"]["temperature"],
         "blocks": sum(key.count("/") == 3 and key.endswith(".json") for key in sizes),
         "bytes": sum(sizes.values()),
+        "codes": store.children(f"indexes/{identity}/codes"),
     }
 
 

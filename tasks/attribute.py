@@ -6,8 +6,9 @@ from prefect.artifacts import create_table_artifact
 
 from rise_ops.attribution import attribute
 from rise_ops.config import CurationConfig
+from rise_ops.filters import RowFilter
 from rise_ops.hashing import fingerprint
-from rise_ops.session import ad_hoc_queries
+from rise_ops.session import ad_hoc_queries, open_corpus
 from rise_ops.store import Store
 from tasks.policy import GPU, S3, Json, stage
 from tasks.progress import stage_progress
@@ -17,15 +18,28 @@ _SHOWN = 50
 
 @stage("attribute", tags=[GPU, S3])
 def attribute_queries(
-    store_uri: str, config: CurationConfig, queries: str | None, text: str | None, prompt: str | None, k: int
+    store_uri: str,
+    config: CurationConfig,
+    queries: str | None,
+    text: str | None,
+    prompt: str | None,
+    k: int,
+    source: str | None,
+    label: str | None,
+    version: int | None,
+    rescore: int | None,
 ) -> Json:
     """Find the top and bottom rows of each query and store them under the hash of the answer."""
     store = Store(store_uri)
     rows = ad_hoc_queries(config, queries=queries, text=text, prompt=prompt)
-    found = attribute(store, config, rows, k=k, progress=stage_progress())
+    only = RowFilter.parse(source=source, label=label)
+    number = open_corpus(store, config, number=version).version
+    found = attribute(store, config, rows, k=k, version=number, only=only, rescore=rescore, progress=stage_progress())
     answer = [attribution.to_json(bottom=True) for attribution in found]
-    key = f"attributions/{fingerprint(answer)}.json"
-    store.create_json(key, {"format_version": 1, "k": k, "queries": answer})
+    corpus = {"name": config.corpus.name, "version": number}
+    document = {"format_version": 1, "k": k, "corpus": corpus, "queries": answer}
+    key = f"attributions/{fingerprint(document)}.json"
+    store.create_json(key, document)
     return {"queries": len(answer), "outputs": [key]}
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from rise_ops import index
-from rise_ops.code_search import CodeScorer, search_codes
+from rise_ops.code_search import CodeScorer, search_codes, unpacked
 from rise_ops.codes import codes_folder, missing_codes, read_codes, write_codes
 from rise_ops.config import SimHashConfig
 from rise_ops.corpus import placements
-from rise_ops.errors import ConfigError, IntegrityError, ModelError
+from rise_ops.errors import ConfigError, IntegrityError, LimitError, ModelError
 from rise_ops.filters import RowFilter
 from rise_ops.index import read_records, read_rows, write_block
 from rise_ops.memory import TILE_ROWS, ScanMemory
 from rise_ops.scan import BLOCK_SHIFT
-from rise_ops.search import Found, search
+from rise_ops.search import Found, exact_scores, search
 from rise_ops.signatures import RowSignatures
 from rise_ops.simhash import SimHash, scale, standard_error
 from rise_ops.store import Store
@@ -27,6 +29,7 @@ from tests.indexed import INDEX, Indexed, index_rows, signed, unit
 
 DIM = 64
 CODES = SimHashConfig(bits=2_048, seed=3)
+FEWER = SimHashConfig(bits=512, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,16 @@ def test_rounding_of_float32_decides_nothing(tmp_path: Path) -> None:
     query = unit(1, 4_096)
     (top, _) = search(store, INDEX, ["a" * 64], query, k=400)
     assert _named(top, ["a" * 64])[0] == _brute({"a" * 64: signatures}, query[0], 400, -1)
+
+
+@pytest.mark.parametrize("dim", [3, 352, 8_192, 24_576])
+def test_an_exact_score_does_not_depend_on_its_company(dim: int) -> None:
+    rows, query = unit(40, dim).astype(np.float16), unit(1, dim, seed=1)[0]
+    together = exact_scores(rows, np.arange(40), query)
+    assert [exact_scores(rows, np.array([row]), query)[0] for row in range(40)] == together.tolist()
+    np.testing.assert_array_equal(exact_scores(rows, np.arange(39, -1, -1), query)[::-1], together)
+    right = [math.fsum(row.astype(np.float64) * query.astype(np.float64)) for row in rows]
+    assert np.abs(together - np.array(right)).max() <= 2.0**-24 * np.abs(together).max()
 
 
 def test_single_rows_are_read_from_their_chunks(blocks: tuple[Store, list[str], dict[str, RowSignatures]]) -> None:
@@ -183,6 +196,30 @@ def test_estimates_are_within_their_error_and_rounding_adds_little() -> None:
     assert 0.4 < error.std() / standard_error(CODES.bits) < 1.05
     for cut in (1, 333):
         np.testing.assert_array_equal(CodeScorer(projected).score(codes[cut:]), found[cut:])
+
+
+@pytest.mark.gpu
+def test_products_on_a_gpu_are_the_same() -> None:
+    simhash = SimHash.from_seed(DIM, CODES.bits, 3)
+    projected, codes = simhash.project(unit(11, DIM, seed=2)), simhash.codes(unit(1_500, DIM))
+    np.testing.assert_array_equal(CodeScorer(projected, device="cuda").score(codes), CodeScorer(projected).score(codes))
+
+
+def test_bits_are_unpacked_as_numpy_does() -> None:
+    codes = np.random.default_rng(0).integers(0, 256, (37, 24), dtype=np.uint8)
+    np.testing.assert_array_equal(unpacked(torch.from_numpy(codes)).numpy(), np.unpackbits(codes, axis=1))
+
+
+@pytest.mark.parametrize("memory", [2**30, 160 * 2**20])
+def test_less_memory_changes_nothing_but_too_little_is_refused(indexed: Indexed, memory: int) -> None:
+    store, queries = indexed.store, unit(5, seed=4)
+    write_codes(store, INDEX, indexed.blocks, FEWER, dim=32, device="cpu")
+    expected = search_codes(store, INDEX, indexed.blocks, queries, FEWER, k=10)
+    found = search_codes(store, INDEX, indexed.blocks[::-1], queries, FEWER, k=10, memory=memory)
+    np.testing.assert_array_equal(found[0].scores, expected[0].scores)
+    assert _named(found[0], indexed.blocks[::-1]) == _named(expected[0], indexed.blocks)
+    with pytest.raises(LimitError, match="search needs"):
+        search_codes(store, INDEX, indexed.blocks, queries, FEWER, k=10, memory=64 * 2**20)
 
 
 def test_codes_find_what_the_index_finds(indexed: Indexed) -> None:
