@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -255,17 +255,17 @@ def _write_shards(store: Store, indexed: IndexedCorpus, entry: SourceEntry | Non
     for number in range(plan["num_blocks"]):
         start, stop = number * size, min((number + 1) * size, rows)
         done = _is_done(folder, number, start, stop - start, dim)
-        shard = None if done else _Shard(folder, number, start, stop - start, dim)
-        while run is not None and run.start < stop:
+        with nullcontext() if done else _Shard(folder, number, start, stop - start, dim) as shard:
+            while run is not None and run.start < stop:
+                if shard is not None:
+                    shard.write(reader.pieces(run.part(start, stop)))
+                    progress(min(run.start + run.rows, stop), rows)
+                if run.start + run.rows > stop:
+                    break
+                run = next(runs, None)
             if shard is not None:
-                shard.write(reader.pieces(run.part(start, stop)))
-                progress(min(run.start + run.rows, stop), rows)
-            if run.start + run.rows > stop:
-                break
-            run = next(runs, None)
-        if shard is not None:
-            shard.finish()
-            written += 1
+                shard.finish()
+                written += 1
     return written
 
 
@@ -361,6 +361,13 @@ class _Shard:
         np.lib.format.write_array_header_1_0(self._file, header)
         self._file.flush()
         self._digest.update(_part(self._vectors).read_bytes())
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._lines.close()
 
     def write(self, pieces: Iterator[tuple[Float16Array, list[Json], list[int]]]) -> None:
         """Add rows."""
