@@ -63,7 +63,7 @@ def write_pool(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curated:
     """A curation of one file, indexed, and its export."""
 
