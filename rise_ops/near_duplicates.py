@@ -12,7 +12,7 @@ and what codes call near is fetched from the store, row by row, and compared. A 
 row: rows that went are in no chain, and identical ones share the fate of the first.
 
 Neither the order of blocks, but for row numbers and ties of priority, nor chunks, batches or memory change the
-result. Columns of some 1 KiB a row, a fiftieth of the index, are in memory as far as they fit, else in files.
+result. Columns of 0.5 to 1.5 KiB a row (the index: 48) are in memory as far as they fit, else in files.
 """
 
 from __future__ import annotations

@@ -164,6 +164,21 @@ def test_rows_without_a_signature_or_priority_neither_go_nor_make_others_go(tmp_
     assert found.leaders.tolist() == [-1, -1, -1, -1, -1, -1, -1, 6]
 
 
+def test_rows_equal_to_one_that_went_go_for_its_leader(tmp_path: Path) -> None:
+    best = strangers(1, DIM)[0]
+    rows = np.stack([best, *[at_cosine(best, 0.97, seed=1)] * 3]).astype(np.float16)
+    found = search(tmp_path, rows, cosine=0.96, recall=1 - 1e-9)
+    assert found.leaders.tolist() == [-1, 0, 0, 0]
+    np.testing.assert_allclose(found.cosines, [0, 0.97, 0.97, 0.97], atol=1e-3)
+    assert found.compared == 1
+
+
+def test_rows_exactly_at_the_cosine_are_duplicates(tmp_path: Path) -> None:
+    rows = np.repeat(strangers(2, DIM).astype(np.float16), 2, axis=0)
+    rows[[1, 3]] *= 2  # other bytes, the same direction
+    assert search(tmp_path, rows, cosine=1.0).leaders.tolist() == [-1, 0, -1, 2]
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(tmp_path: Path, rows: int) -> None:
     priority = np.full(3, NOT_ELIGIBLE)
