@@ -4,7 +4,8 @@
 
 The run is made up (`tests.report_runs`) and has every column and section: copies of 100,000 decisions where there
 are more. Each size is drawn in a process of its own. Prints a Markdown table; memory is what a second drawing takes
-at most beyond what the process had after the first, pages of mapped files among it. `--write` keeps the page of the last size.
+at most beyond what the process had after the first, pages of mapped files among it. `--write` keeps the page of the
+last size.
 """
 
 from __future__ import annotations
