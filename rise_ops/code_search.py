@@ -4,11 +4,11 @@ A query stays a float vector: its rotated coordinates are rounded to 8-bit integ
 (max|z| / 127, so the rounding adds less than 1 % to the standard error of the estimate), and multiplied with the bits
 of the codes, unpacked to 0 and 1, in an integer matrix product with 32-bit sums: exact, so results do not depend on
 tiles or order. `Σ sign·z = 2 Σ bit·z − Σ z` turns bits into signs. What comes out estimates the score without bias
-(`rise_ops.simhash`). Codes are read by several threads and unpacked ahead of the products.
+(`rise_ops.simhash`). Codes are read ahead by several threads.
 
-Counting bits (xor or and, then popcount) would take a pass for each bit of the query: eight, which is slower than
-unpacking even for a single query. It only wins for queries of one bit a coordinate, whose estimate is biased and not
-linear.
+Counting bits (and, popcount) takes eight passes for each query, one for each bit of its integers, where a product
+takes one for all: about the same time for one query, a multiple for ten. Queries of one bit a coordinate would take
+one pass each, but their estimate is neither unbiased nor linear.
 
 With `rescore` the best `rescore · k` rows of each query are read from the float index, a range of bytes each, and
 ranked by their exact scores, as `rise_ops.search` computes them.
@@ -16,9 +16,7 @@ ranked by their exact scores, as `rise_ops.search` computes them.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from rise_ops.index import read_rows
 from rise_ops.logs import each_block
 from rise_ops.memory import CODE_TILE_ROWS, CodesMemory, codes_memory
 from rise_ops.progress import Progress, silent
-from rise_ops.scan import BLOCK_SHIFT, Float32Array, read_ahead
+from rise_ops.scan import BLOCK_SHIFT, Float32Array
 from rise_ops.search import Best, Found, Indices, Mask, Searched, Wanted, exact_scores
 from rise_ops.simhash import Codes, scale
 from rise_ops.store import Store
@@ -55,9 +53,10 @@ class CodeScorer:
     def __init__(self, projected: Float32Array, *, device: torch.device | str = "cpu") -> None:
         queries, bits = projected.shape
         step = np.maximum(np.abs(projected).max(axis=1), 1e-30) / 127
-        padded = np.zeros((-(-queries // 8) * 8, bits), np.int8)  # integer products want multiples of 8
-        np.rint(projected / step[:, None], out=padded[:queries], casting="unsafe")
         self._device = torch.device(device)
+        width = queries if self._device.type == "cpu" else -(-queries // 8) * 8  # tensor cores want multiples of 8
+        padded = np.zeros((width, bits), np.int8)
+        np.rint(projected / step[:, None], out=padded[:queries], casting="unsafe")
         self._queries = torch.from_numpy(padded).to(self._device).t()
         self._sums = padded[:queries].sum(axis=1, dtype=np.int32)
         self._factor = (step * scale(bits)).astype(np.float32)
@@ -65,10 +64,10 @@ class CodeScorer:
     def score(self, codes: Codes) -> Float32Array:
         """Estimates of the scores, [rows, bits/8] → float32 [rows, queries]."""
         tiles = [codes[start : start + CODE_TILE_ROWS] for start in range(0, len(codes), CODE_TILE_ROWS)]
-        found = [self.multiply(self.unpack(tile))[: len(tile)] for tile in tiles]
+        found = [self._multiply(self._unpack(tile))[: len(tile)] for tile in tiles]
         return np.concatenate(found) if found else np.empty((0, len(self._sums)), np.float32)
 
-    def unpack(self, codes: Codes) -> torch.Tensor:
+    def _unpack(self, codes: Codes) -> torch.Tensor:
         """One int8 for each bit, 0 or 1, [rows, bits]; zeros below, because integer products want more rows."""
         rows, padded = len(codes), max(32, -(-len(codes) // 8) * 8)
         if self._device.type == "cpu":
@@ -76,13 +75,13 @@ class CodeScorer:
             return torch.from_numpy(bits if padded == rows else np.pad(bits, ((0, padded - rows), (0, 0))))
         return unpacked(torch.from_numpy(np.pad(codes, ((0, padded - rows), (0, 0)))).to(self._device))
 
-    def multiply(self, bits: torch.Tensor) -> Float32Array:
+    def _multiply(self, bits: torch.Tensor) -> Float32Array:
         """Estimates of the scores of unpacked codes, [rows, bits] → float32 [rows, queries]."""
         sums: torch.Tensor = torch._int_mm(bits, self._queries)
         signed = sums.cpu().numpy()[:, : len(self._sums)]
         np.multiply(signed, 2, out=signed)
         np.subtract(signed, self._sums, out=signed)
-        return np.multiply(signed, self._factor, dtype=np.float32, casting="unsafe")
+        return np.asarray(np.multiply(signed, self._factor, dtype=np.float32, casting="unsafe"))
 
 
 def unpacked(codes: torch.Tensor) -> torch.Tensor:
@@ -120,15 +119,14 @@ def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Fl
         ) from None
     wider = max(1, rescore)
     plan = codes_memory(memory, queries=len(queries), dim=queries.shape[1], bits=config.bits,
-                        kept=wider * (k + k_bottom))  # fmt: skip
+                        kept=wider * (k + k_bottom), threads=torch.get_num_threads())  # fmt: skip
     steady_heap()
     searched = Searched(store, identity, blocks, wanted)
     scorer = CodeScorer(simhash.project(queries), device=device)
     ends = [Best(k * wider, len(queries), searched, sign=-1), Best(k_bottom * wider, len(queries), searched, sign=1)]
     done = 0
-    tiles = _tiles(store, identity, searched, config, plan, scorer)
-    for number, rows, bits in each_block(tiles, lambda tile: searched.records[tile[0]].block_id):
-        scores = scorer.multiply(bits)[: len(rows)]
+    tiles = _scored(store, identity, searched, config, plan, scorer)
+    for number, rows, scores in each_block(tiles, lambda tile: searched.records[tile[0]].block_id):
         for end in ends:
             end.add(scores, (number << BLOCK_SHIFT) + rows)
         done += len(rows)
@@ -139,40 +137,37 @@ def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Fl
     return top, _rescored(store, identity, searched, ends[1].rows, queries, k_bottom, sign=1)
 
 
-def _tiles(store: Store, identity: str, searched: Searched, config: SimHashConfig, plan: CodesMemory,
-           scorer: CodeScorer) -> Iterator[tuple[int, Indices, torch.Tensor]]:  # fmt: skip
-    """Number of the block, rows and unpacked codes, a tile ahead."""
+def _scored(store: Store, identity: str, searched: Searched, config: SimHashConfig, plan: CodesMemory,
+            scorer: CodeScorer) -> Iterator[tuple[int, Indices, Float32Array]]:  # fmt: skip
+    """Number of the block, rows, and their estimates, [rows, queries].
 
-    def unpacked() -> Iterator[tuple[int, Indices, torch.Tensor]]:
-        for number, mask, codes in _blocks(store, identity, searched, config, plan.blocks):
-            rows = np.flatnonzero(mask)
-            for start in range(0, len(rows), CODE_TILE_ROWS):
-                some = rows[start : start + CODE_TILE_ROWS]
-                yield number, some, scorer.unpack(codes[some])
+    Threads take a tile each, with one thread of BLAS: several on one product wait for each other at every tile, which
+    costs a multiple where cores are not idle.
+    """
+    threads = torch.get_num_threads()
 
-    return read_ahead(unpacked(), 2)
-
-
-def _blocks(store: Store, identity: str, searched: Searched, config: SimHashConfig, count: int,
-            ) -> Iterator[tuple[int, Mask, Codes]]:  # fmt: skip
-    """Blocks with a wanted row, `count` of them in memory at a time: small objects, so latency would rule."""
-
-    def read(number: int) -> tuple[int, Mask, Codes] | None:
+    def read(number: int) -> tuple[int, Mask, Codes | None]:
         mask = searched.rows(number)
-        if not mask.any():
-            return None
-        return number, mask, read_codes(store, identity, searched.records[number].block_id, config)
+        return (
+            number,
+            mask,
+            read_codes(store, identity, searched.records[number].block_id, config) if mask.any() else None,
+        )
 
-    pending: deque[Future[tuple[int, Mask, Codes] | None]] = deque()
-    with ContextPool(count) as pool:
-        for number in range(len(searched.records) + count):
-            if number < len(searched.records):
-                pending.append(pool.submit(read, number))
-            if number >= count - 1 and pending:
-                block = pending.popleft().result()
-                if block is not None:
-                    yield block
-                del block
+    def tiles(pool: ContextPool) -> Iterator[tuple[int, Indices, Codes]]:
+        # blocks of codes are small: several are asked for at a time, or latency would rule
+        for number, mask, codes in pool.ahead(read, range(len(searched.records)), plan.blocks):
+            if codes is not None:
+                rows = np.flatnonzero(mask)
+                for start in range(0, len(rows), CODE_TILE_ROWS):
+                    yield number, rows[start : start + CODE_TILE_ROWS], codes[rows[start : start + CODE_TILE_ROWS]]
+
+    try:
+        with (ContextPool(plan.blocks) as readers,
+              ContextPool(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers):  # fmt: skip
+            yield from workers.ahead(lambda tile: (*tile[:2], scorer.score(tile[2])), tiles(readers), threads + 1)
+    finally:
+        torch.set_num_threads(threads)  # each worker's call also counts for threads that start later
 
 
 def _rescored(store: Store, identity: str, searched: Searched, rows: Indices, queries: Float32Array,

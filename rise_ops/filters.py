@@ -83,9 +83,8 @@ class RowFilter:
 def _placed(store: Store, version: CorpusVersion, block_id: str, uris: set[str]) -> npt.NDArray[np.bool_]:
     """Rows of a block that some sources hold: small objects share blocks."""
     places = placements(store, version, [block_id])
-    found = np.zeros(int(places["block_row"].max()) + 1, bool)  # type: ignore[arg-type]  # a block has rows
-    found[places.filter(pl.col("source_uri").is_in(list(uris)))["block_row"].to_numpy()] = True
-    return found
+    mine = places.filter(pl.col("source_uri").is_in(list(uris)))["block_row"].to_numpy()
+    return np.isin(np.arange(1 + int(places["block_row"].to_numpy().max())), mine)
 
 
 def _labelled(store: Store, block_id: str, field: str, value: str) -> npt.NDArray[np.bool_]:

@@ -203,13 +203,15 @@ def value_memory(memory: int, *, queries: int, dim: int, aggregate: str, extreme
     return ValueMemory(_plan("value", text, need, memory, tasks), ScanMemory(chunks, tiles * TILE_ROWS))
 
 
-def codes_memory(memory: int, *, queries: int, dim: int, bits: int, kept: int) -> CodesMemory:
+def codes_memory(memory: int, *, queries: int, dim: int, bits: int, kept: int, threads: int) -> CodesMemory:
     """Plan for a search over codes: the queries, unpacked codes, their products, some blocks of codes.
 
     Parameters
     ----------
     kept
         Candidates of a query, at both ends together.
+    threads
+        That multiply.
 
     Raises
     ------
@@ -218,7 +220,8 @@ def codes_memory(memory: int, *, queries: int, dim: int, bits: int, kept: int) -
     """
     block = MAX_ROWS * (bits // 8 + 16)
     held = queries * (12 * dim + 9 * bits + 40 * kept)
-    work = _ROTATED_BYTES * CODE_ROWS * dim + 4 * CODE_TILE_ROWS * bits + 20 * CODE_TILE_ROWS * queries
+    tiles = (threads + 2) * CODE_TILE_ROWS
+    work = _ROTATED_BYTES * CODE_ROWS * dim + tiles * (bits + bits // 8) + 12 * tiles * queries
     need = _IDLE + held + work + 256 * dim + 32 * MIB
     _refuse("search", need + block, memory, 1, remedy="use fewer queries")
     blocks = max(1, min(8, (memory - need) // block))

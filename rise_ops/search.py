@@ -134,7 +134,7 @@ class Searched:
 
     def order(self, ordinals: Indices) -> Indices:
         """Numbers by which rows of equal score are ordered: block id, then row."""
-        return (self._places[ordinals >> BLOCK_SHIFT] << BLOCK_SHIFT) | (ordinals & _ROW_MASK)
+        return np.asarray((self._places[ordinals >> BLOCK_SHIFT] << BLOCK_SHIFT) | (ordinals & _ROW_MASK), np.int64)
 
 
 def exact_scores(signatures: Float16Array, rows: Indices, query: Float32Array) -> Float32Array:

@@ -105,11 +105,11 @@ class SimHash:
     def _rotated(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         rotations, _, n = self.signs.shape
         signs = torch.from_numpy(self.signs).to(device, torch.float32)
-        padded = torch.zeros(len(x), n, device=device)
-        padded[:, : self.dim] = x.to(device, torch.float32)
-        both = [hadamard(hadamard(padded * one) * two) for one, two in signs]
-        whole = both[0] if rotations == 1 else torch.cat(both, dim=1)
-        return whole[:, torch.from_numpy(self.picks).to(device)] / math.sqrt(n)
+        padded = torch.zeros(len(x), 1, n, device=device)
+        padded[:, 0, : self.dim] = x.to(device, torch.float32)
+        once = hadamard((padded * signs[:, 0]).view(-1, n)).view(-1, rotations, n)
+        twice = hadamard((once * signs[:, 1]).view(-1, n)).view(-1, rotations * n)
+        return twice[:, torch.from_numpy(self.picks).to(device)] / math.sqrt(n)
 
     def to_bytes(self) -> bytes:
         """As an `.npz` of `signs`, `picks` and `dim`."""

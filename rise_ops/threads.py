@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -18,3 +20,13 @@ class ContextPool(ThreadPoolExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Schedule a call in a copy of the present context."""
         return super().submit(partial(copy_context().run, fn, *args, **kwargs))
+
+    def ahead(self, fn: Callable[[S], T], items: Iterable[S], count: int) -> Iterator[T]:
+        """The results for items, in their order; `count` of them are worked on or wait at most."""
+        pending: deque[Future[T]] = deque()
+        for item in items:
+            pending.append(self.submit(fn, item))
+            if len(pending) == count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

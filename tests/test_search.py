@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,7 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     ],
 )
 def test_only_wanted_rows_are_searched(
-    indexed: Indexed, source: str | None, label: str | None, expected: object
+    indexed: Indexed, source: str | None, label: str | None, expected: Callable[[str, int], bool]
 ) -> None:
     folder = Path(indexed.store.uri).parent
     only = RowFilter.parse(source=None if source is None else f"{folder}/{source}", label=label)
