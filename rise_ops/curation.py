@@ -310,7 +310,7 @@ class Curation:
         blocks = list(block_rows(self.store, self._corpus(version)))
         scan = self.store.scan_parquet([f"blocks/{block}.parquet" for block in blocks], include_file_paths="block_id")
         own = pl.col("text_field")
-        columns = [pl.col("block_id").str.extract(_BLOCK_ID), "doc_id", "text", "prompt", "meta"]
+        columns = [pl.col("block_id").str.extract(_BLOCK_ID), *map(pl.col, ("doc_id", "text", "prompt", "meta"))]
         taken = [
             pl.when(own == name)
             .then("text")
