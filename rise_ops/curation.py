@@ -38,6 +38,7 @@ from rise_ops.selection import decisions_key
 from rise_ops.session import ad_hoc_queries, block_rows
 from rise_ops.store import Store
 from rise_ops.valuation import iter_part_scores
+from rise_ops.visible import visible
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,13 +49,14 @@ if TYPE_CHECKING:
 __all__ = ["Attributions", "Curation", "Evaluated", "load", "open_store"]
 
 _PREVIEW = 300
+_LINE = 100
 _ROWS_AT_ONCE = 65_536
 _BLOCK_ID = r"([0-9a-f]{64})\.parquet$"
 
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Attributions(Sequence[Attribution]):
     """Attributions of some queries, in their order."""
 
@@ -74,6 +76,9 @@ class Attributions(Sequence[Attribution]):
 
     def __len__(self) -> int:
         return len(self.found)
+
+    def __repr__(self) -> str:
+        return "\n".join(_as_text(each) for each in self.found)
 
     @property
     def hits(self) -> list[Hit]:
@@ -118,6 +123,12 @@ class Attributions(Sequence[Attribution]):
             )
             for title, hits in tables
         )
+
+
+def _as_text(each: Attribution) -> str:
+    """The query and its best rows, a line each."""
+    lines = [f"{hit.score:8.4f}  {visible(' '.join(hit.text[:_LINE].split()))}" for hit in each.hits]
+    return "\n".join([visible(" ".join(each.query[:_LINE].split())), *lines])
 
 
 def _text(hit: Hit) -> Markup:

@@ -191,6 +191,7 @@ def test_what_is_shown_is_escaped() -> None:
     page = Attributions((Attribution(f"{HOSTILE}said", HOSTILE, [hit], [hit]),), bottom=True)._repr_html_()
     assert "<script" not in page and "\u202e" not in page and "\x1b" not in page
     assert page.count("&lt;script&gt;") == 5 and "…" in page and "0.5000" in page
+    assert repr(Attributions((Attribution(HOSTILE, None, [hit], []),))).count("‹U+202E›evil␛[2J") == 2
     assert "<b>" in html_table(["a"], [[Markup("<b>x</b>")]]) and "&lt;b&gt;" in html_table(["<b>"], [["x"]])
     assert ">1,234</td>" in html_table(["n"], [[1234]]) and "<td></td>" in html_table(["n"], [[None]])
 
