@@ -297,7 +297,7 @@ class Curation:
             for frame in iter_part_scores(self.store, parts, targets, "rrf", rows=_ROWS_AT_ONCE):
                 if left == 0:
                     return
-                piece = frame.select(kinds if columns is None else columns)
+                piece = frame.select(list(kinds) if columns is None else columns)
                 piece = piece if left is None else piece.head(left)
                 left = None if left is None else left - piece.height
                 yield piece if predicate is None else piece.filter(predicate)

@@ -48,7 +48,7 @@ def run(source: str, folder: Path) -> Json:
     """Run a program in a folder; returns its namespace."""
     names: Json = {"__name__": "__main__"}
     with _working_in(folder):
-        _run(source, names, 1)
+        list(_run(source, names, 1))
     return names
 
 
