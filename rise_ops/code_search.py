@@ -125,7 +125,7 @@ def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Fl
     scorer = CodeScorer(simhash.project(queries), device=device)
     ends = [Best(k * wider, len(queries), searched, sign=-1), Best(k_bottom * wider, len(queries), searched, sign=1)]
     done = 0
-    tiles = _scored(store, identity, searched, config, plan, scorer)
+    tiles = _scored(store, identity, searched, config, simhash.identity, plan, scorer)
     for number, rows, scores in each_block(tiles, lambda tile: searched.records[tile[0]].block_id):
         for end in ends:
             end.add(scores, (number << BLOCK_SHIFT) + rows)
@@ -137,7 +137,7 @@ def search_codes(store: Store, identity: str, blocks: Sequence[str], queries: Fl
     return top, _rescored(store, identity, searched, ends[1].rows, queries, k_bottom, sign=1)
 
 
-def _scored(store: Store, identity: str, searched: Searched, config: SimHashConfig, plan: CodesMemory,
+def _scored(store: Store, identity: str, searched: Searched, config: SimHashConfig, rotation: str, plan: CodesMemory,
             scorer: CodeScorer) -> Iterator[tuple[int, Indices, Float32Array]]:  # fmt: skip
     """Number of the block, rows, and their estimates, [rows, queries].
 
@@ -151,7 +151,9 @@ def _scored(store: Store, identity: str, searched: Searched, config: SimHashConf
         return (
             number,
             mask,
-            read_codes(store, identity, searched.records[number].block_id, config) if mask.any() else None,
+            read_codes(store, identity, searched.records[number].block_id, config, rotation=rotation)
+            if mask.any()
+            else None,
         )
 
     def tiles(pool: ContextPool) -> Iterator[tuple[int, Indices, Codes]]:

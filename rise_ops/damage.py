@@ -5,9 +5,10 @@
 
 A run begins with `heal`: what is noted and has not changed since is removed, after the record that vouches for it,
 and made again like anything that is missing: blocks and records from their sources, signatures from their blocks,
-scores from both. The note of what only the sources can give back stays until it is there again, so that a run that
-ends before leaves the task to the next one. An export is only touched by the run that makes the same one again
-(`rise_ops.export`), a corpus version only once a newer one is published. What cannot be made again is left alone.
+codes from these, scores from both. The note of what only the sources can give back stays until it is there again, so
+that a run that ends before leaves the task to the next one. An export is only touched by the run that makes the same
+one again (`rise_ops.export`), a corpus version only once a newer one is published. What cannot be made again is left
+alone.
 """
 
 from __future__ import annotations
@@ -166,6 +167,9 @@ def _doomed(store: Store, key: str) -> list[str] | None:
 def _doomed_signatures(store: Store, key: str) -> list[str]:
     if "/tables.zarr/" in key:  # index.json stays: it tells whether the tables that are drawn again are the same
         return [name for name, _ in store.list(f"{key.partition('/tables.zarr/')[0]}/tables.zarr")]
+    if "/codes/" in key and not key.endswith(".npz"):
+        stem = key.rpartition(".")[0]
+        return [f"{stem}.json", f"{stem}.bin"]
     match = _INDEX_BLOCK.fullmatch(key)
     if match is None:
         return [key]

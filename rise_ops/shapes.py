@@ -93,6 +93,7 @@ class CodesShape:
 
     block_id: str
     rows: Count
+    simhash: str
     crc32c: Checksum
 
 

@@ -32,6 +32,7 @@ from rise_ops.runs import read_run
 from rise_ops.selection import decisions_key
 from rise_ops.shapes import CodesShape, PartShape, TargetShape
 from rise_ops.signatures import load_tables
+from rise_ops.simhash import SimHash
 from rise_ops.store import Store
 from rise_ops.targets import read_target
 
@@ -230,10 +231,16 @@ def _indexes(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[
 
 
 def _codes(store: Store, identity: str, *, deep: bool) -> Iterator[_Check]:
-    """Codes of an index: each record with its bits."""
+    """Codes of an index: their rotation, and each record with its bits."""
     for name in store.children(f"indexes/{identity}/codes"):
         folder = f"indexes/{identity}/codes/{name}"
         there = {key for key, _ in store.list(folder)}
+        rotation = f"{folder}/simhash.npz"
+
+        def turn(key: str = rotation) -> None:
+            SimHash.from_bytes(bytes(store.get(key)), where=store.url(key))
+
+        yield _Check(rotation, COMPRESS, turn)
         for key in sorted(key for key in there if key.endswith(".json")):
             sums: dict[str, int] = {}
 

@@ -101,12 +101,19 @@ def test_damage_is_named_and_mended(indexed: Path) -> None:
     assert verify_store(store)["broken"] == []
     (broken,) = verify_store(store, deep=True)["broken"]
     assert broken["key"].endswith(file.name)
-    file.unlink()
-    (broken,) = verify_store(store)["broken"]
-    assert "curate compress" in json.dumps(broken)
     ask("compress", str(indexed))
     assert file.read_bytes() == right
+    file.unlink()
+    (broken,) = verify_store(store)["broken"]
+    assert "curate compress" in broken["remedy"]
+    curate(load(indexed), "index")
+    assert file.read_bytes() == right
+    for mend in (lambda: curate(load(indexed), "index"), lambda: ask("compress", str(indexed))):
+        (file.parent / "simhash.npz").write_bytes(b"no archive")
+        assert len(verify_store(store)["broken"]) == 1
+        mend()
     assert verify_store(store, deep=True)["broken"] == []
+    assert not list(store.list("damage"))
 
 
 def test_codes_and_answers_go_with_what_they_are_of(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from rise_ops import index
 from rise_ops.code_search import CodeScorer, search_codes, unpacked
-from rise_ops.codes import codes_folder, missing_codes, read_codes, write_codes
+from rise_ops.codes import codes_folder, missing_codes, open_simhash, read_codes, write_codes
 from rise_ops.config import SimHashConfig
 from rise_ops.corpus import placements
 from rise_ops.errors import ConfigError, IntegrityError, LimitError, ModelError
@@ -252,7 +252,8 @@ def test_damaged_codes_are_named_and_made_again(tmp_path: Path, damage: str) -> 
     signatures = signed(9, DIM)
     write_block(store, INDEX, name, signatures, seconds=0, producer={})
     write_codes(store, INDEX, [name], CODES, dim=DIM, device="cpu")
-    right = read_codes(store, INDEX, name, CODES).copy()
+    rotation = open_simhash(store, INDEX, CODES, dim=DIM).identity
+    right = read_codes(store, INDEX, name, CODES, rotation=rotation).copy()
     file = tmp_path / "store" / codes_folder(INDEX, CODES) / f"{name}.bin"
     if damage == "gone":
         file.unlink()
@@ -263,6 +264,38 @@ def test_damaged_codes_are_named_and_made_again(tmp_path: Path, damage: str) -> 
         data[3] ^= 1
         file.write_bytes(data if damage == "changed" else data[:-1])
     with pytest.raises(IntegrityError, match="curate compress"):
-        read_codes(store, INDEX, name, CODES)
+        read_codes(store, INDEX, name, CODES, rotation=rotation)
     write_codes(store, INDEX, [name], CODES, dim=DIM, device="cpu")
-    np.testing.assert_array_equal(read_codes(store, INDEX, name, CODES), right)
+    np.testing.assert_array_equal(read_codes(store, INDEX, name, CODES, rotation=rotation), right)
+
+
+def test_a_lost_rotation_takes_the_codes_of_another_one_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, name = Store(str(tmp_path / "store")), "a" * 64
+    write_block(store, INDEX, name, signed(9, DIM), seconds=0, producer={})
+    write_codes(store, INDEX, [name], CODES, dim=DIM, device="cpu")
+    file = tmp_path / "store" / codes_folder(INDEX, CODES) / "simhash.npz"
+    file.unlink()
+    open_simhash(store, INDEX, CODES, dim=DIM)
+    assert missing_codes(store, INDEX, {name: 9}, CODES) == []
+    file.unlink()
+    other = SimHash.from_seed(DIM, CODES.bits, 99)
+    monkeypatch.setattr(SimHash, "from_seed", lambda *_: other)
+    open_simhash(store, INDEX, CODES, dim=DIM)
+    assert missing_codes(store, INDEX, {name: 9}, CODES) == [name]
+    write_codes(store, INDEX, [name], CODES, dim=DIM, device="cpu")
+    with pytest.raises(IntegrityError, match="another rotation"):
+        read_codes(store, INDEX, name, CODES, rotation="the first one")
+    assert len(read_codes(store, INDEX, name, CODES, rotation=other.identity)) == 9
+
+
+def test_codes_of_another_worker_stay(tmp_path: Path) -> None:
+    store, name = Store(str(tmp_path / "store")), "a" * 64
+    signatures = signed(9, DIM)
+    write_block(store, INDEX, name, signatures, seconds=0, producer={})
+    theirs = np.zeros((9, CODES.bits // 8), np.uint8)
+    store.create(f"{codes_folder(INDEX, CODES)}/{name}.bin", theirs.tobytes())
+    write_codes(store, INDEX, [name], CODES, dim=DIM, device="cpu")
+    rotation = open_simhash(store, INDEX, CODES, dim=DIM).identity
+    np.testing.assert_array_equal(read_codes(store, INDEX, name, CODES, rotation=rotation), theirs)

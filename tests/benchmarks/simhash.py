@@ -229,14 +229,14 @@ def _fill(store: Store, rows: int, dim: int) -> dict[str, int]:
 def _random_codes(store: Store, rows_of: dict[str, int], config: SimHashConfig, dim: int,
                   ) -> Iterator[npt.NDArray[np.uint8]]:  # fmt: skip
     """Random codes of blocks in the store: making real ones of a million rows would take minutes."""
-    open_simhash(store, INDEX, config, dim=dim)
+    rotation = open_simhash(store, INDEX, config, dim=dim).identity
     folder, random = codes_folder(INDEX, config), np.random.default_rng(0)
     for block, rows in rows_of.items():
         codes = random.integers(0, 256, (rows, config.bits // 8), np.uint8)
         data = codes.tobytes()
         store.create(f"{folder}/{block}.bin", data)
-        record = {"format_version": FORMAT_VERSION, "block_id": block, "rows": rows, "crc32c": crc32c(memoryview(data))}
-        store.create_json(f"{folder}/{block}.json", record)
+        record = {"block_id": block, "rows": rows, "simhash": rotation, "crc32c": crc32c(memoryview(data))}
+        store.create_json(f"{folder}/{block}.json", {"format_version": FORMAT_VERSION, **record})
         yield codes
 
 
