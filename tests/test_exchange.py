@@ -35,6 +35,7 @@ from rise_ops.ingest import ingest_corpus
 from rise_ops.model_files import model_fingerprint
 from rise_ops.session import block_rows, open_corpus, open_signer
 from rise_ops.store import Store
+from rise_ops.verify import verify_store
 from tests.curation import as_record, load, write_curation, write_lines
 
 Json = dict[str, Any]
@@ -218,6 +219,7 @@ def test_a_round_trip_keeps_every_bit(curated: Curated, tmp_path: Path) -> None:
     assert len(ours) > 1
     for block, arrays in ours.items():
         assert all(np.array_equal(mine, other) for mine, other in zip(arrays, theirs[block], strict=True))
+    assert verify_store(store, deep=True)["broken"] == []
     again = import_reference_index(store, config, curated.exported)
     assert (again.rows_imported, again.rows_there, again.cosine_min) == (0, 562, None)
     export_reference_index(store, config, tmp_path / "again", block_size=200)
