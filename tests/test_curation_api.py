@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 import types
@@ -15,9 +16,10 @@ import pytest
 import rise_ops
 from rise_ops import notebook
 from rise_ops.attribution import Attribution, Hit
-from rise_ops.curation import Attributions, Curation
+from rise_ops.curation import Curation
 from rise_ops.errors import ConfigError, SourceError
 from rise_ops.notebook import Markup, html_table, shown_progress
+from rise_ops.results import Attributions
 from rise_ops.runs import list_runs, read_run
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
@@ -193,6 +195,7 @@ def test_what_is_shown_is_escaped() -> None:
     assert page.count("&lt;script&gt;") == 5 and "…" in page and "0.5000" in page
     assert repr(Attributions((Attribution(HOSTILE, None, [hit], []),))).count("‹U+202E›evil␛[2J") == 2
     assert "<b>" in html_table(["a"], [[Markup("<b>x</b>")]]) and "&lt;b&gt;" in html_table(["<b>"], [["x"]])
+    assert doctest.testmod(notebook).failed == 0
     assert ">1,234</td>" in html_table(["n"], [[1234]]) and "<td></td>" in html_table(["n"], [[None]])
 
 
