@@ -27,6 +27,8 @@ WAITING = (*BUDGET, "below_min_value", "below_percentile", "not_sampled")
 """Reasons of rows that another budget or threshold would keep."""
 SCORE = "score_"
 NO_LABEL = "(none)"
+MOST_LABELS = 100_000
+"""A column with more values than this, about, is no label that rows share, and is left out."""
 
 Row = dict[str, Any]
 
@@ -123,6 +125,7 @@ class DecisionFigures:
     """Of the scores of two targets, over all rows (Pearson)."""
     sources: Groups
     labels: Groups | None
+    """None where rows have no label, or hardly any two the same."""
 
 
 def decision_figures(decisions: pl.LazyFrame, *, source: pl.Expr | None = None) -> DecisionFigures:
@@ -143,7 +146,7 @@ def decision_figures(decisions: pl.LazyFrame, *, source: pl.Expr | None = None) 
     value = _histogram(decisions, "value", ranges)
     scored = [found for name in targets if (found := _histogram(decisions, name, ranges)) is not None]
     shared: dict[str, Any] = {"targets": [f"{SCORE}{found.column}" for found in scored], "value": value, "cut": cut}
-    labelled = "label" in columns and ranges["labelled"]
+    labelled = 0 < ranges["labels"] <= MOST_LABELS
     label = pl.col("label").fill_null(NO_LABEL)
     return DecisionFigures(
         rows=sum(found.rows for found in reasons),
@@ -176,7 +179,7 @@ def _ranges(decisions: pl.LazyFrame, columns: Sequence[str]) -> Row:
             *[column.max().alias(f"high_{name}") for column, name in zip(finite, columns, strict=True)],
             pl.col("value").null_count().cast(pl.Int64).alias("missing"),
             (pl.col("kept") & (pl.col("value") < 0)).cast(pl.Int64).sum().alias("below_zero"),
-            (pl.col("label").is_not_null().any() if labelled else pl.lit(False)).alias("labelled"),
+            (pl.col("label").drop_nulls().approx_n_unique() if labelled else pl.lit(0)).alias("labels"),
         )
         .collect(engine="streaming")
         .row(0, named=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import eq
 from typing import Any, Literal
 
 from rise_ops.report_data import BUDGET, DecisionFigures, Groups
-from rise_ops.report_text import brief_yaml, count, percent
+from rise_ops.report_text import count, percent, setting
 
 _SCARCE = 1.1
 """A minimum is close to what cannot be had if the rows left are fewer than this many times it."""
@@ -39,7 +40,7 @@ def notices(run: Mapping[str, Any], figures: DecisionFigures | None, rejected: i
     if figures is not None:
         selection = (run.get("config") or {}).get("selection") or {}
         found += _budget(selection.get("keep") or {}, figures)
-        found += _idle(run, figures)
+        found += _idle(run)
         for kind, groups in (("source", figures.sources), ("label", figures.labels)):
             if groups is not None:
                 found += _scarce(kind, groups, selection.get(f"per_{kind}") or {})
@@ -80,14 +81,13 @@ def _budget(keep: Mapping[str, Any], figures: DecisionFigures) -> Iterator[Notic
             yield Notice("warning", "The budget is not used up", text, "steps")
 
 
-def _idle(run: Mapping[str, Any], figures: DecisionFigures) -> Iterator[Notice]:
+def _idle(run: Mapping[str, Any]) -> Iterator[Notice]:
     """Exclusions that took no row: a misspelt pattern looks like this."""
-    touched = {found.rule for found in figures.reasons}
     config = run.get("config") or {}
-    for number, rule in enumerate((config.get("selection") or {}).get("exclude") or ()):
-        name = f"selection.exclude[{number}]"
-        if any(found.rule for found in figures.reasons) and name not in touched:
-            text = f"{name} ({brief_yaml(rule)}) took no row that was still there. Check what it says."
+    for step in (run.get("selection") or {}).get("steps") or ():
+        if step["step"] == "exclude" and not step["rows"]:
+            rule = step["rule"]
+            text = f"{rule} ({setting(config, rule)}) took no row that was still there. Check what it says."
             yield Notice("warning", "An exclusion did nothing", text, "steps")
 
 
@@ -97,7 +97,9 @@ def _scarce(kind: str, groups: Groups, quota: Mapping[str, Any]) -> Iterator[Not
     for group in groups.shown:
         if group.name not in names:
             continue
-        own = next((each for glob, each in special.items() if fnmatchcase(group.name, glob)), quota)
+        # sources are named by globs, labels by themselves
+        fits = fnmatchcase if kind == "source" else eq
+        own = next((each for name, each in special.items() if fits(group.name, name)), quota)
         least, left = own.get("min_rows"), group.rows - group.filtered
         if least and left < _SCARCE * least:
             text = (

@@ -118,9 +118,8 @@ def run_record(decisions: pl.DataFrame, **changes: Any) -> dict[str, Any]:
         ("budget", "over_tokens", "selection.keep.tokens"),
     ]
     steps = [
-        {"step": step, "rule": rule, "rows": found[reason, rule][0], "tokens": found[reason, rule][1]}
-        for step, reason, rule in order
-        if (reason, rule) in found
+        dict(zip(("step", "reason", "rule", "rows", "tokens"), (*rule, *found.get(rule[1:], (0, 0))), strict=True))
+        for rule in order
     ]
     kept = decisions.filter("kept")
     keep = {"tokens": int(int(decisions["tokens"].sum()) * 0.45)}

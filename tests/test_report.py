@@ -370,7 +370,7 @@ def test_marked_tokens_are_told_without_colour_and_stay_text(tmp_path: Path) -> 
         ({"keep": {"tokens": 10**9}}, "selection.keep.tokens allows 1,000,000,000 tokens"),
         (
             {"exclude": [{"pattern": "as an ai"}, {"target": "backdoor"}, {"pattern": "mispelt"}]},
-            "selection.exclude[2]",
+            "selection.exclude[2] (pattern mispelt)",
         ),
         ({"per_label": {"groups": {"rare": {"min_rows": 30}}}}, "at least 30 rows of label rare"),
     ],
@@ -382,6 +382,9 @@ def test_notices_tell_what_to_look_at(tmp_path: Path, changes: dict[str, Any], t
         frame = frame.with_columns(reason=pl.col("reason").replace("over_tokens", "near_duplicate"))
     record = synthetic_record(frame)
     record["selection"]["stability"] |= changes.pop("stability", {})
+    if "exclude" in changes:
+        idle = {"step": "exclude", "reason": "excluded_pattern", "rule": "selection.exclude[2]", "rows": 0, "tokens": 0}
+        record["selection"]["steps"].append(idle)
     record["config"]["selection"] |= changes
     store.create_json(f"runs/{SYNTHETIC}/run.json", record)
     put_frame(store, f"runs/{SYNTHETIC}/decisions.parquet", frame)

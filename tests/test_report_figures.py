@@ -143,6 +143,12 @@ def test_decisions_of_a_run_without_targets_and_new_columns() -> None:
     assert near_duplicate_groups(frame.lazy()) is None
 
 
+def test_a_column_that_tells_every_row_apart_is_no_label(frame: pl.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rise_ops.report_data.MOST_LABELS", 1_000)
+    assert decision_figures(frame.with_columns(label="doc_id").lazy()).labels is None
+    assert decision_figures(frame.lazy()).labels is not None
+
+
 def test_pieces_are_the_text_and_mark_the_strongest() -> None:
     text = "abc def ghi"
     tokens = [{"text": text[at : at + 3], "start": at, "end": at + 3, "score": score} for at, score in
