@@ -157,7 +157,8 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
         stage.cached = not valued["missing"]
     scores = {"valuation": valued["valuation"], "blocks": indexed["blocks"]}
     with run.stage("select") as stage:
-        call = {"config": config, "version": corpus["version"], "run_id": run.run_id, **scores}
+        call = {"config": config, "version": corpus["version"], "index_id": indexed["index_id"], **scores}
+        call["run_id"] = run.run_id
         (selection,) = run_all(runner, select_rows, [call], store_uri=config.store)
         stage.read(valuation_folder(valued["valuation"]), rows=corpus["rows"])
         stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
@@ -165,6 +166,7 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
     run.record["selection"] = {
         "keep": config.selection.keep.model_dump(exclude_none=True),
         "reasons": selection["reasons"],
+        "steps": selection["steps"],
     }
     run.counts |= {"rows_kept": selection["kept"], "tokens_kept": selection["tokens_kept"]}
     return {"targets": targets, **scores}
@@ -190,15 +192,16 @@ def _score(runner: Runner, config: CurationConfig, indexed: Json, targets: dict[
 
 def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, indexed: Json) -> None:
     """Publish the kept rows."""
+    selection = config.selection.model_dump(mode="json", exclude_none=True)
     lineage = {
-        "identity": [corpus["snapshot_id"], indexed["index_id"], config.weights, config.aggregate],
+        "identity": [corpus["snapshot_id"], indexed["index_id"], config.weights, config.aggregate, selection],
         "corpus": run.record["corpus"],
         "model": run.record["model"],
         "index_id": indexed["index_id"],
         "weights": config.weights,
         "aggregate": config.aggregate,
         "keep": config.selection.keep.model_dump(exclude_none=True),
-        "selection": config.selection.model_dump(mode="json", exclude_none=True),
+        "selection": selection,
         "stability": run.record["selection"].get("stability"),
         "sketch": config.sketch.model_dump(mode="json"),
         "code": run.record["code"],

@@ -153,7 +153,7 @@ class KeepConfig(_Config):
     tokens: int | None = Field(None, gt=0, description="At most this many tokens.")
     min_value: float | None = Field(None, description="Only rows of at least this value.")
     min_percentile: float | None = Field(
-        None, ge=0, lt=100, description="Only rows above this percentile of the values."
+        None, ge=0, lt=100, description="Leave out this percentage of the rows left after the exclusions, the worst."
     )
 
 
@@ -162,10 +162,25 @@ class ExcludeConfig(_Config):
 
     target: str | None = Field(None, description="Target whose most influential rows go.")
     top_rows: int | None = Field(None, gt=0, description="So many of them.")
-    top_fraction: float | None = Field(None, gt=0, lt=1, description="This part of all rows.")
+    top_fraction: float | None = Field(None, gt=0, lt=1, description="This part of all rows that have a score.")
     min_score: float | None = Field(None, description="All of at least this score.")
-    pattern: str | None = Field(None, min_length=1, description="Regular expression; rows in which it matches go.")
+    pattern: str | None = Field(
+        None, min_length=1, description="Regular expression (Rust's syntax); rows in which it matches go."
+    )
     field: str = Field("text", description="Column that is searched: text, prompt, or a column of the source.")
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            import polars as pl
+
+            try:
+                pl.Series([""]).str.contains(value)
+            except pl.exceptions.PolarsError as error:
+                # the parser's message is several lines with a pointer below the expression
+                raise ValueError(f"not a regular expression: {' '.join(str(error).split())[:300]}") from None
+        return value
 
     @model_validator(mode="after")
     def _one_way(self) -> ExcludeConfig:
@@ -176,6 +191,8 @@ class ExcludeConfig(_Config):
             raise ValueError("with 'target' give one of 'top_rows', 'top_fraction', 'min_score'")
         if self.pattern is not None and given:
             raise ValueError(f"cannot use '{given[0]}' with 'pattern'")
+        if self.target is not None and self.field != "text":
+            raise ValueError("cannot use 'field' with 'target'")
         return self
 
 
@@ -267,6 +284,12 @@ class SelectionConfig(_Config):
     def _one_order(self) -> SelectionConfig:
         if self.diversity is not None and self.sample is not None:
             raise ValueError("cannot use 'diversity' with 'sample'")
+        for name in ("diversity", "sample"):
+            budget = self.keep.rows or self.keep.fraction or self.keep.tokens
+            if getattr(self, name) and not (budget or self.per_source or self.per_label):
+                raise ValueError(
+                    f"'{name}' needs a budget: without keep.rows, keep.fraction or keep.tokens all rows stay"
+                )
         return self
 
 
@@ -389,8 +412,11 @@ class CurationConfig(_Config):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of every target that counts towards the value."""
-        return dict(self.value) if self.value else dict.fromkeys(self.targets, 1.0)
+        """Weight of every target that counts towards the value: without `value` all but those only excluded by."""
+        if self.value:
+            return dict(self.value)
+        excluded = {each.target for each in self.selection.exclude}
+        return {name: 1.0 for name in self.targets if name not in excluded}
 
     @property
     def export_name(self) -> str:

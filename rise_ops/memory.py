@@ -25,7 +25,7 @@ TILE_ROWS = 128
 RRF_DEPTH = 10_000
 """Best rows of each query that reciprocal-rank fusion looks at."""
 RANK_BYTES = 160
-"""Peak bytes of a row while it is ranked; measured 110 to 145."""
+"""Bytes of a row while it is ranked; measured 75 to 95, and what follows takes some at the same time."""
 EXTREMES = 50
 """Rows kept at either end of each query: enough for the evaluation protocol's largest K."""
 FRESH_ROWS = 512
@@ -38,6 +38,7 @@ _CHUNK_BYTES = 16 * MIB
 _BLOCK_COPIES = 8  # a block's rows as Python strings of up to 4 bytes a sign, as Arrow columns, as a file
 _POLARS_IDLE = 96 * MIB  # the same, with Polars' joins and readers
 _READER_BYTES = 48 * MIB  # a decoded batch of table rows, and some megabytes of it as Python values
+_CONTENT_COPIES = 6  # a block's file, its columns in Arrow, one of them as Python strings of up to 4 bytes a sign
 _SLICE_BYTES = 1_536  # a row of decisions: its columns in Polars, joined with its place, and written
 _FUSED_BYTES = 64  # one of a query's best rows, merged and sorted by place
 CODE_ROWS = 32
@@ -229,7 +230,7 @@ def codes_memory(memory: int, *, queries: int, dim: int, bits: int, kept: int, t
     return CodesMemory(_plan("search", text, need + blocks * block, memory, 1), blocks)
 
 
-def select_memory(memory: int, *, rows: int, queries: int, aggregate: str) -> SelectMemory:
+def select_memory(memory: int, *, rows: int, queries: int, aggregate: str, contents: bool = False) -> SelectMemory:
     """Plan for ranking: decisions stream by in slices, keys are sorted a part at a time.
 
     Parameters
@@ -238,6 +239,8 @@ def select_memory(memory: int, *, rows: int, queries: int, aggregate: str) -> Se
         Of the corpus, for the text.
     queries
         Of all targets; with `rrf` each has RRF_DEPTH best rows in memory.
+    contents
+        Whether blocks are read, too, for labels and patterns.
 
     Raises
     ------
@@ -245,9 +248,10 @@ def select_memory(memory: int, *, rows: int, queries: int, aggregate: str) -> Se
         Not even the smallest slice fits.
     """
     fused = _FUSED_BYTES * queries * RRF_DEPTH if aggregate == "rrf" else 0
+    fused += _CONTENT_COPIES * MAX_BYTES if contents else 0
     smallest = 1_024
     least = _POLARS_IDLE + max(fused + smallest * _SLICE_BYTES, UPLOAD_BYTES)
-    _refuse("select", least, memory, 1, remedy="use fewer queries, or another aggregate" if fused else "")
+    _refuse("select", least, memory, 1, remedy="use fewer queries, or another aggregate" if aggregate == "rrf" else "")
     slices = max(smallest, min(32_768, (memory - _POLARS_IDLE - fused) // 2 // _SLICE_BYTES))
     sorts = (memory - _POLARS_IDLE) * 3 // 4 // RANK_BYTES
     need = max(least, _POLARS_IDLE + max(fused + slices * _SLICE_BYTES, min(rows, sorts) * RANK_BYTES))

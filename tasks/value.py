@@ -70,7 +70,13 @@ def value_blocks(
 
 @stage("select")
 def select_rows(
-    store_uri: str, config: CurationConfig, version: int, valuation: str, blocks: list[str], run_id: str
+    store_uri: str,
+    config: CurationConfig,
+    version: int,
+    index_id: str,
+    valuation: str,
+    blocks: list[str],
+    run_id: str,
 ) -> Json:
     """Rank the rows and decide which are kept."""
     store = Store(store_uri)
@@ -82,7 +88,10 @@ def select_rows(
         weights=config.weights,
         targets=list(config.targets),
         aggregate=config.aggregate,
-        keep=config.selection.keep,
+        selection=config.selection,
         memory=int(config.limits.memory),
+        identity=index_id,
+        sources=config.corpus.sources,
+        progress=stage_progress(),
     )
     return {**asdict(selection), "outputs": [decisions_key(run_id)]}

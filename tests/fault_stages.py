@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rise_ops.blocks import block_key
-from rise_ops.config import CorpusConfig, ExportConfig, KeepConfig, LimitsConfig
+from rise_ops.config import CorpusConfig, ExportConfig, KeepConfig, LimitsConfig, SelectionConfig
 from rise_ops.corpus import look_at_sources
 from rise_ops.export import export_rows
 from rise_ops.index import read_records
@@ -189,7 +189,7 @@ def _ingest(store: Store, uris: list[str]) -> list[tuple[str, int, int, tuple[st
 def _decide(store: Store, world: World, run_id: str) -> Any:
     return decide(
         store, world.indexed.version, run_id=run_id, parts=list(world.parts), weights={"good": 1.0},
-        targets=["good"], aggregate="mean", keep=KeepConfig(fraction=0.5), memory=MEMORY,
+        targets=["good"], aggregate="mean", selection=SelectionConfig(keep=KeepConfig(fraction=0.5)), memory=MEMORY,
     )  # fmt: skip
 
 

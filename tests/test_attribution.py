@@ -11,7 +11,7 @@ import pytest
 
 from rise_ops import attribution
 from rise_ops.attribution import Attribution, Hit, attribute, explain, find_extremes
-from rise_ops.config import KeepConfig, load_config
+from rise_ops.config import KeepConfig, SelectionConfig, load_config
 from rise_ops.evaluation import Label, evaluate_corpus
 from rise_ops.examples import HITS, QUERIES, examples_key, write_examples
 from rise_ops.index import prepare_index
@@ -98,7 +98,7 @@ def test_examples_of_a_run(tmp_path: Path, rows: int) -> None:
     parts = score_parts(indexed, {"good": target})
     decide(
         store, indexed.version, run_id="run", parts=parts, weights={"good": 1.0}, targets=["good"], aggregate="mean",
-        keep=KeepConfig(rows=rows // 2 * 2 + 1), memory=2**30,
+        selection=SelectionConfig(keep=KeepConfig(rows=rows // 2 * 2 + 1)), memory=2**30,
     )  # fmt: skip
     key = write_examples(
         store, indexed.version, indexed.blocks, run_id="run", targets={"good": name},

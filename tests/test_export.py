@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from rise_ops import export
-from rise_ops.config import ExportConfig, KeepConfig
+from rise_ops.config import ExportConfig, KeepConfig, SelectionConfig
 from rise_ops.errors import StoreError
 from rise_ops.export import OWN_COLUMNS, Export, export_rows, list_exports
 from rise_ops.selection import decide
@@ -40,7 +39,7 @@ def _export(indexed: Indexed, *, run_id: str = "run", keep: Mapping[str, Any] | 
     parts = score_parts(indexed, {"good": make_target(3)}, run_id=run_id)
     decide(
         indexed.store, indexed.version, run_id=run_id, parts=parts, weights={"good": 1.0}, targets=["good"],
-        aggregate="mean", keep=KeepConfig(**(keep or {})), memory=2**30,
+        aggregate="mean", selection=SelectionConfig(keep=KeepConfig(**(keep or {}))), memory=2**30,
     )  # fmt: skip
     return export_rows(
         indexed.store, indexed.version, run_id=run_id, name="out", config=ExportConfig(**config), lineage=LINEAGE,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rise_ops.config import ExportConfig, KeepConfig
+from rise_ops.config import ExportConfig, KeepConfig, SelectionConfig
 from rise_ops.errors import ConfigError
 from rise_ops.export import export_rows
 from rise_ops.lineage import trace
@@ -30,7 +30,7 @@ def leave_run(indexed: Indexed, run_id: str, keep: Mapping[str, Any], **export: 
     parts = score_parts(indexed, {"good": make_target(3)}, run_id=run_id)
     decide(
         store, version, run_id=run_id, parts=parts, weights={"good": 1.0}, targets=["good"], aggregate="mean",
-        keep=KeepConfig(**keep), memory=2**30,
+        selection=SelectionConfig(keep=KeepConfig(**keep)), memory=2**30,
     )  # fmt: skip
     corpus = {"name": version.corpus, "version": version.version, "snapshot_id": version.snapshot_id}
     made = export_rows(

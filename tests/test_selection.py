@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from rise_ops import selection
-from rise_ops.config import KeepConfig
+from rise_ops.config import KeepConfig, SelectionConfig
 from rise_ops.errors import IntegrityError, LimitError, SelectionError
 from rise_ops.memory import SelectMemory, StageMemory
 from rise_ops.selection import Selection, decide, decisions_key
@@ -49,31 +49,31 @@ def _decide(indexed: Indexed, name: str, keep: Mapping[str, Any], *, memory: int
         weights={"good": 1.0},
         targets=["good"],
         aggregate=aggregate,
-        keep=KeepConfig(**keep),
+        selection=SelectionConfig(keep=KeepConfig(**keep)),
         memory=memory,
     )
     return selection, indexed.store.scan_parquet([decisions_key(name)]).collect()
 
 
 def _expected(frame: pl.DataFrame, keep: Mapping[str, Any]) -> dict[tuple[str, int], str]:
-    """Reasons by place, with a plain loop."""
+    """Reasons by place, with a plain loop; what is used up first takes all that follow."""
     rows = sorted(
         (row for row in frame.iter_rows(named=True) if row["value"] is not None),
         key=lambda row: (-row["value"], row["doc_id"]),
     )
     reasons = {}
-    tokens = 0
+    tokens, full = 0, "kept"
     for rank, row in enumerate(rows, 1):
         tokens += row["tokens"]
-        reason = "kept"
+        reason = full
         if row["value"] < keep.get("min_value", -9):
             reason = "below_min_value"
-        elif rank > keep.get("rows", 10**9):
-            reason = "over_rows"
-        elif rank > round(keep.get("fraction", 1) * frame.height, 6) // 1:
-            reason = "over_fraction"
-        elif tokens > keep.get("tokens", 10**9):
-            reason = "over_tokens"
+        elif full == "kept" and rank > keep.get("rows", 10**9):
+            reason = full = "over_rows"
+        elif full == "kept" and rank > round(keep.get("fraction", 1) * frame.height, 6) // 1:
+            reason = full = "over_fraction"
+        elif full == "kept" and tokens > keep.get("tokens", 10**9):
+            reason = full = "over_tokens"
         reasons[row["source_uri"], row["source_row"]] = reason
     return reasons
 
@@ -97,13 +97,18 @@ def test_columns_and_types(indexed: Indexed) -> None:
         "source_uri": pl.String,
         "source_row": pl.Int64,
         "tokens": pl.Int32,
+        "label": pl.String,
         "score_good": pl.Float32,
         "value": pl.Float32,
+        "value_error": pl.Float32,
         "rank": pl.UInt32,
         "kept": pl.Boolean,
         "reason": pl.String,
+        "rule": pl.String,
+        "duplicate_of": pl.String,
     }
-    assert frame.null_count().select(pl.exclude("score_good", "value", "rank")).row(0) == (0,) * 8
+    always = ("doc_id", "block_id", "block_row", "source_uri", "source_row", "tokens", "kept", "reason")
+    assert frame.null_count().select(always).row(0) == (0,) * len(always)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,7 @@ def test_rules_and_reasons(indexed: Indexed, keep: dict[str, Any]) -> None:
         tokens=int(frame["tokens"].sum()),
         tokens_kept=int(kept["tokens"].sum()),
         reasons=counts,
+        steps=selection.steps,
     )
     assert kept["rank"].sort().to_list() == list(range(1, kept.height + 1))
 
@@ -159,7 +165,7 @@ def test_a_fraction_is_what_it_says(tmp_path: Path) -> None:
 
 def test_nothing_kept_is_an_error_with_numbers(indexed: Indexed) -> None:
     for name, keep in (("first", {"tokens": 1}), ("small", {"fraction": 1e-9}), ("high", {"min_value": 1.5})):
-        numbers = r"keeps none of 1,302 rows: the best one has value 0\.\d+ and \d+ tokens"
+        numbers = r"keeps none of 1,302 rows: the best one has value 0\.\d+ and \d+ tokens; of all, .*\(selection\.keep"
         with pytest.raises(SelectionError, match=numbers):
             _decide(indexed, f"nothing-{name}", keep)
         assert not indexed.store.exists(decisions_key(f"nothing-{name}"))
@@ -181,7 +187,7 @@ def test_parts_must_cover_the_version(indexed: Indexed) -> None:
     with pytest.raises(IntegrityError, match="scores cover"):
         decide(
             indexed.store, indexed.version, run_id="cover", parts=parts[1:], weights={"good": 1.0}, targets=["good"],
-            aggregate="mean", keep=KeepConfig(), memory=2**30,
+            aggregate="mean", selection=SelectionConfig(), memory=2**30,
         )  # fmt: skip
 
 

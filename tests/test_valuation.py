@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from rise_ops import valuation
-from rise_ops.config import KeepConfig
+from rise_ops.config import KeepConfig, SelectionConfig
 from rise_ops.selection import decide, decisions_key
 from rise_ops.store import Store
 from rise_ops.valuation import Aggregate, read_extremes
@@ -43,7 +43,7 @@ def _decide(indexed: Indexed, run_id: str, aggregate: Aggregate, *, size: int, w
         weights=weights,
         targets=list(TARGETS),
         aggregate=aggregate,
-        keep=KeepConfig(),
+        selection=SelectionConfig(keep=KeepConfig()),
         memory=2**30,
     )
     return indexed.store.scan_parquet([decisions_key(run_id)]).collect()
@@ -131,7 +131,7 @@ def test_names_of_columns_are_good_names_of_targets(tmp_path: Path) -> None:
     parts = score_parts(indexed, targets, aggregate="rrf")
     decide(
         indexed.store, indexed.version, run_id="run", parts=parts, weights=dict.fromkeys(targets, 1.0),
-        targets=list(targets), aggregate="rrf", keep=KeepConfig(), memory=2**30,
+        targets=list(targets), aggregate="rrf", selection=SelectionConfig(keep=KeepConfig()), memory=2**30,
     )  # fmt: skip
     frame = indexed.store.scan_parquet([decisions_key("run")]).collect()
     total = frame["score_block"] + frame["score_block_row"] + frame["score_rank"]

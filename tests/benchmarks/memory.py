@@ -30,7 +30,7 @@ import numpy as np
 import polars as pl
 from pydantic import ByteSize, TypeAdapter
 
-from rise_ops.config import CurationConfig, KeepConfig, parse_config
+from rise_ops.config import CurationConfig, parse_config
 from rise_ops.demo.corpus import MODEL_FOLDER
 from rise_ops.memory import MIB, stage_memory
 from rise_ops.parts import cut_parts
@@ -247,7 +247,7 @@ def _select(store: Store, setting: Setting) -> Callable[[], Any]:
         weights={"good": 1.0},
         targets=["good"],
         aggregate=config.aggregate,
-        keep=config.selection.keep,
+        selection=config.selection,
         memory=setting.memory,
     )
 
@@ -255,23 +255,30 @@ def _select(store: Store, setting: Setting) -> Callable[[], Any]:
 def _rank(_: Store, setting: Setting) -> Callable[[], Any]:
     """The sort of selection alone, on random keys."""
     from rise_ops.memory import select_memory
-    from rise_ops.ranking import Ranking
-    from rise_ops.selection import fate_rules
+    from rise_ops.ordering import RECORD
+    from rise_ops.ranking import Fates, Sorter, by_value
 
     rows = setting.dim
     plan = select_memory(setting.memory, rows=rows, queries=0, aggregate="mean")
     generator = np.random.default_rng(0)
 
     def rank() -> None:
-        ranking = Ranking(Path(setting.folder), capacity=plan.sort_rows)
+        folder = Path(setting.folder)
+        sorter, fates = (
+            Sorter(folder / "keys", RECORD, capacity=plan.sort_rows),
+            Fates(folder, capacity=plan.sort_rows),
+        )
         for start in range(0, rows, 8_192):
-            count = min(8_192, rows - start)
-            values = generator.standard_normal(count, dtype=np.float32)
-            ties = generator.integers(0, 2**63, count).astype(np.uint64)
-            ranking.add(values, np.ones(count, np.bool_), ties, np.ones(count, np.int32))
-        ranking.rank(fate_rules(KeepConfig(fraction=0.5), rows))
+            records = np.zeros(min(8_192, rows - start), RECORD)
+            values = generator.standard_normal(len(records), dtype=np.float32)
+            ties = generator.integers(0, 2**63, len(records)).astype(np.uint64)
+            by_value(records, values, np.ones(len(records), np.bool_), ties)
+            records["row"] = np.arange(start, start + len(records))
+            sorter.add(records)
+        for records in sorter.runs():
+            fates.add(records["row"], records["rank"], records["code"])
         for start in range(0, rows, 8_192):
-            ranking.take(min(8_192, rows - start))
+            fates.take(min(8_192, rows - start))
 
     return rank
 

@@ -139,7 +139,7 @@ def _curate_plainly(path: Path, _: str) -> None:
     score_parts(store, plan.index_id, missing, targets=targets, aggregate=config.aggregate, memory=memory, tasks=1)
     chosen = selection.decide(
         store, version, run_id=run_id, parts=cut, weights=config.weights, targets=list(config.targets),
-        aggregate=config.aggregate, keep=config.selection.keep, memory=memory,
+        aggregate=config.aggregate, selection=config.selection, memory=memory,
     )  # fmt: skip
     lineage: dict[str, Any] = {
         "identity": [version.snapshot_id, plan.index_id],

@@ -12,7 +12,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import zstandard
 
-from rise_ops.config import ExportConfig, KeepConfig
+from rise_ops.config import ExportConfig, KeepConfig, SelectionConfig
 from rise_ops.export import export_rows
 from rise_ops.hashing import canonical_json
 from rise_ops.index import index_key
@@ -104,7 +104,7 @@ def fill_store(folder: Path) -> Store:
     parts = score_parts(indexed, {"good": target}, run_id=RUN)
     decide(
         store, version, run_id=RUN, parts=parts, weights={"good": 1.0}, targets=["good"], aggregate="mean",
-        keep=KeepConfig(rows=100), memory=MEMORY,
+        selection=SelectionConfig(keep=KeepConfig(rows=100)), memory=MEMORY,
     )  # fmt: skip
     lineage = {
         "identity": "0" * 64,
