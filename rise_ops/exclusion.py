@@ -73,7 +73,7 @@ class TargetExclusions:
     def codes(self, frame: pl.DataFrame, first: int) -> npt.NDArray[np.uint16]:
         """The number of the first rule by which each row goes, 0: none."""
         found = np.zeros(frame.height, np.uint16)
-        for code, rule in reversed(self._rules.items()):
+        for code, rule in reversed(list(self._rules.items())):
             if rule.min_score is not None:
                 # scores are compared as they are stored, in 32 bits: a row of score 0.1 has at least 0.1
                 scores = frame[f"score_{rule.target}"]

@@ -7,7 +7,7 @@ most and a least, in rows and as a fraction of what is kept; fractions count tok
    has its most.
 2. **The rest.** From the top again each other row is taken. A group ends with the first row that would exceed its
    most, everything ends with the first row that would exceed the budget. A row that one bound drops counts towards
-   no other.
+   no other; of several that bar it, the one that ended first is its reason.
 
 Fractions are of the total T that is kept, which depends on them. Of one partition alone T is at most the largest
 number within the budget for which Σ_g min(rows of g, f_g · T) ≥ T (water filling). From there on the two steps are
@@ -176,6 +176,7 @@ class _Bounds:
         self.least_units = self._of("min_fraction", 0, lambda part: -(-part * high // 1))
         self.rows, self.units = np.zeros_like(self.most_rows), np.zeros_like(self.most_rows)
         self.closed = np.zeros(len(self.rows), np.uint16)
+        self.ended = np.full(len(self.rows), _NO_LIMIT)
 
     def _of(self, name: str, otherwise: int, amount: Callable[[Fraction], Any] = lambda number: number) -> Int64Array:
         """A bound of each group."""
@@ -193,11 +194,13 @@ class _Bounds:
 
     def need(self, groups: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         """Whether groups are below their least."""
-        return (self.rows[groups] < self.least_rows[groups]) | (self.units[groups] < self.least_units[groups])
+        below = self.rows[groups] < self.least_rows[groups]
+        return np.asarray(below | (self.units[groups] < self.least_units[groups]))
 
     def are_full(self, groups: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         """Whether groups take no further row."""
-        return (self.rows[groups] >= self.most_rows[groups]) | (self.units[groups] >= self.most_units[groups])
+        full = self.rows[groups] >= self.most_rows[groups]
+        return np.asarray(full | (self.units[groups] >= self.most_units[groups]))
 
 
 class _Filler:
@@ -306,16 +309,16 @@ class _Filler:
         rule, name = partition.rules[partition.rule_of[group]], partition.names[group]
         have, unit = (bounds.rows, "rows") if total is None else (bounds.units, self._unit)
         there = int(partition.there("rows" if total is None else self._unit)[group])
-        wanted, key, remedy = f"{least:,} {unit}", "min_rows", "lower it"
+        wanted, key, remedy = f"{least:,} {unit} of", "min_rows", "lower it"
         if total is not None:
             part = Fraction(str(rule.quota.min_fraction))
-            wanted, key = f"{rule.quota.min_fraction:g} of {total:,} {unit}, that is {least:,}", "min_fraction"
+            wanted, key = f"{rule.quota.min_fraction:g} of {total:,} {unit}, that is {least:,}, of", "min_fraction"
             remedy = f"lower it, or keep at most {int(have[group] / part):,} {unit}"
         left = f"{there:,} are left after the steps before"
         if have[group] < there:
             left += f", and other bounds allow {int(have[group]):,} of them"
         return (
-            f"{rule.text}.{key} asks for at least {wanted} of {partition.kind} '{name}'; {left}. Loosen what is above "
+            f"{rule.text}.{key} asks for at least {wanted} {partition.kind} '{name}'; {left}. Loosen what is above "
             f"it, or {remedy}"
         )
 
@@ -328,6 +331,8 @@ class _Pass:
         self.rows = self.tokens = 0
         self._full = 0
         """Code of the budget that is used up."""
+        self._ends = 0
+        """Groups that have ended."""
 
     def used(self, unit: Unit) -> int:
         """Of all rows that were taken."""
@@ -403,6 +408,7 @@ class _Pass:
             groups, first = np.unique(part[bounds.kind][ends], return_index=True)
             by_rows = over_rows[ends[first]]
             bounds.closed[groups] = np.where(by_rows, bounds.code_rows[groups], bounds.code_units[groups])
+            bounds.ended[groups] = 0
             codes[rows] = np.where(over, bounds.closed[part[bounds.kind]], 0)
         if over_budget < len(rows):
             self._full = code
@@ -441,32 +447,36 @@ class _Pass:
     def _one(self, one: Records) -> int:
         """Take a row, or end what it would exceed; its code."""
         size = int(self._sizes(one)[0])
+        code = np.zeros(1, np.uint16)
+        if not len(self._open(one, code, np.zeros(1, np.int64))):
+            return int(code[0])
         for bounds in self._bounds:
             group = int(one[bounds.kind][0])
-            if not (self._full or bounds.closed[group]):
-                if bounds.rows[group] + 1 > bounds.most_rows[group]:
-                    bounds.closed[group] = bounds.code_rows[group]
-                elif bounds.units[group] + size > bounds.most_units[group]:
-                    bounds.closed[group] = bounds.code_units[group]
+            if bounds.rows[group] + 1 > bounds.most_rows[group]:
+                bounds.closed[group] = bounds.code_rows[group]
+            elif bounds.units[group] + size > bounds.most_units[group]:
+                bounds.closed[group] = bounds.code_units[group]
             if bounds.closed[group]:
+                self._ends += 1
+                bounds.ended[group] = self._ends
                 return int(bounds.closed[group])
-        if not self._full:
-            place, code = self._over_budget(one, np.ones(1, np.bool_))
-            self._full = code if place == 0 else 0
-        if not self._full:
+        place, full = self._over_budget(one, np.ones(1, np.bool_))
+        if place == 0:
+            self._full = full
+        else:
             self._take(one)
         return self._full
 
     def _open(self, records: Records, codes: Codes, rows: Int64Array) -> Int64Array:
-        """Those of the rows that nothing bars yet; the others get their codes."""
+        """Those of the rows that nothing bars yet; the others get the codes of what ended first."""
+        ended = np.full(len(rows), _NO_LIMIT)
+        codes[rows] = self._full
         for bounds in self._bounds:
-            closed = bounds.closed[records[bounds.kind][rows]]
-            codes[rows] = closed
-            rows = rows[closed == 0]
-        if self._full:
-            codes[rows] = self._full
-            rows = rows[:0]
-        return rows
+            groups = records[bounds.kind][rows]
+            earlier = bounds.ended[groups] < ended
+            codes[rows[earlier]] = bounds.closed[groups[earlier]]
+            ended = np.minimum(ended, bounds.ended[groups])
+        return rows[:0] if self._full else rows[ended == _NO_LIMIT]
 
     def _fits_groups(self, records: Records) -> bool:
         for bounds in self._bounds:

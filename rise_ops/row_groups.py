@@ -125,10 +125,8 @@ class SourceGroups:
         numbers = {name: number for number, name in enumerate(names) if number}
         rules = _rules("source", quota, quota.groups, new_code)
         globs = list(quota.groups)
-        rule_of = [-1]
-        for name in names[1:]:
-            rule_of.append(next((1 + n for n, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), 0))
-        partition = Partition("source", names, rules, np.array(rule_of, np.int64))
+        own = (next((1 + n for n, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), 0) for name in names[1:])
+        partition = Partition("source", names, rules, np.array([-1, *own], np.int64))
         return cls(partition, {uri: numbers[name] for uri, name in named.items()})
 
     def numbers(self, uris: pl.Series) -> pl.Series:

@@ -209,7 +209,7 @@ def test_decisions_do_not_depend_on_memory(
     """However few rows are joined, sorted and written at a time."""
     keep = {"rows": 900, "fraction": 0.6, "tokens": 15_000, "min_value": -0.1}
     _, whole = _decide(indexed, f"whole-{aggregate}", keep, aggregate=aggregate)
-    for sort_rows, slice_rows in ((1, 100), (7, 33), (300, 1)):
+    for sort_rows, slice_rows in ((60, 100), (300, 7)):
         plan = SelectMemory(StageMemory("select", 0, ""), slice_rows=slice_rows, sort_rows=sort_rows)
         monkeypatch.setattr(selection, "select_memory", lambda *_, plan=plan, **__: plan)
         monkeypatch.setattr(selection, "_GROUP_ROWS", 50)
