@@ -193,6 +193,43 @@ def attribute(
 
 
 @app.command()
+def sweep(
+    config: Config,
+    label: Annotated[
+        str | None, typer.Option(metavar="FIELD[=VALUE]", help="Positive: FIELD is VALUE, or the query's own.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Only this target's queries.")] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="Rows of the sample; default: tuning.rows.")] = None,
+    temperatures: Annotated[str | None, typer.Option(help="Candidates; default: tuning.temperatures.")] = None,
+    widths: Annotated[
+        bool, typer.Option("--widths", help="Compare widths instead, at the configured temperature.")
+    ] = False,
+    set_: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """Compare temperatures or widths on a sample of the corpus, with labels or without. Writes nothing."""
+    from flows.console import progress_bars, show_sweep
+    from rise_ops.choosing import sweep_corpus
+    from rise_ops.config import load_config
+    from rise_ops.evaluation import Label
+    from rise_ops.store import Store
+
+    loaded = load_config(config, overrides=set_ or [])
+    with progress_bars() as listen:
+        found = sweep_corpus(
+            Store(loaded.store),
+            loaded,
+            label=None if label is None else Label.parse(label),
+            target=target,
+            rows=rows,
+            temperatures=None if temperatures is None else _decimals(temperatures),
+            widths=widths,
+            progress=lambda done, total: listen("sweep", done, total),
+        )
+    _emit(found, json_, lambda: show_sweep(found))
+
+
+@app.command()
 def compress(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
     """Write SimHash codes of the indexed corpus, for `curate attribute --compressed`."""
     from flows.console import progress_bars, show_codes
@@ -492,6 +529,16 @@ def _opened(uri: str) -> Store:
     store = Store(uri)
     store.require()
     return store
+
+
+def _decimals(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < each < float("inf") for each in found):
+        raise ConfigError(f"--temperatures {text}: write numbers above 0, such as 0.1,0.5,1")
+    return found
 
 
 def _numbers(text: str) -> list[int]:

@@ -114,6 +114,8 @@ def show_plan(config: Any, plan: Json) -> None:
     table.add_row("rows reused", f"{plan['rows_reused']:,}")
     table.add_row("blocks to write", f"{plan['blocks_to_write']:,} ({plan['index_bytes_new'] / 2**20:,.1f} MiB)")
     table.add_row("tokens", f"about {plan['tokens']:,}")
+    for text in _sketch_lines(plan["sketch"]):
+        table.add_row("sketch", text)
     table.add_row("index", f"{plan['index_bytes'] / 2**20:,.1f} MiB in all")
     table.add_row("peak memory", f"{plan['peak_memory_bytes'] / 2**20:,.0f} MiB")
     for stage in plan["memory"].values():
@@ -122,6 +124,40 @@ def show_plan(config: Any, plan: Json) -> None:
     table.add_row(
         "time to sketch", f"about {seconds:,.0f} s" if seconds is not None else plan["sketch_seconds_unknown"]
     )
+    _OUT.print(table)
+
+
+def _sketch_lines(sketch: Json) -> list[str]:
+    told = f"temperature {sketch['temperature']:g}, {sketch['dim']:,} numbers a row"
+    if sketch.get("to_choose"):
+        return [f"{told} are assumed: the run chooses {' and '.join(sketch['to_choose'])} on a sample"]
+    return [told, *(f"chosen: {plain(why)}" for why in (sketch.get("chosen") or {}).get("why", []))]
+
+
+def show_sweep(found: Json) -> None:
+    """Candidates of a sweep; the one that `auto` would take is marked."""
+    targets = list(found["targets"])
+    table = Table("temperature", "widths", "effective rank", "entropy", title=f"{found['rows']:,} rows of the corpus")
+    compared = any(each["agreement"] is not None for each in found["candidates"])
+    if compared:
+        table.add_column("agreement")
+    for name in targets:
+        table.add_column(f"split-half {plain(name)}")
+        table.add_column(f"self-retrieval {plain(name)}")
+    ks = list(found["candidates"][0]["labelled"])
+    for k in ks:
+        table.add_column(f"auPRC@{k}")
+        table.add_column(f"P@{k}")
+    for number, each in enumerate(found["candidates"]):
+        cells = [f"{each['temperature']:g}", f"{each['dim_r']}/{each['dim_h']}/{each['dim_g']} = {each['dim']:,}"]
+        cells += [f"{each['effective_rank']:.1f}", f"{each['entropy']:.2f}"]
+        cells += [f"{each['agreement']:.3f}"] if compared else []
+        for name in targets:
+            cells += [f"{each['split_half'][name]:.3f}", f"{each['self_retrieval'][name]:.3f}"]
+        for k in ks:
+            cells += [f"{each['labelled'][k]['auprc']:.3f}", f"{each['labelled'][k]['precision']:.3f}"]
+        chosen = number == found["auto"]
+        table.add_row(*cells[:-1], cells[-1] + (" ← auto" if chosen else ""), style="bold" if chosen else None)
     _OUT.print(table)
 
 

@@ -11,7 +11,7 @@ from prefect import flow, runtime
 
 from flows.hooks import FLOW_OPTIONS, run_name
 from flows.runners import dispatcher
-from flows.stages import Runner, check, compress, explain, export, index, ingest, mending, value
+from flows.stages import Runner, check, compress, explain, export, index, ingest, mending, tune, value
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from tasks.recording import Recorder
@@ -49,6 +49,7 @@ def _run(run: Recorder, runner: Runner, config: CurationConfig, wanted: tuple[Un
     check(run, runner, config, model="index" in wanted, targets="value" in wanted)
     corpus = ingest(run, runner, config, deep=deep)
     if "index" in wanted:
+        config = tune(run, runner, config, corpus)
         indexed = index(run, runner, config, corpus)
         compress(run, runner, config, indexed)
     if "value" in wanted:

@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.hooks import FLOW_OPTIONS, run_name
 from flows.runners import dispatcher
-from flows.stages import Runner, check, compress, index, ingest, mending
+from flows.stages import Runner, check, compress, index, ingest, mending, tune
 from rise_ops.config import CurationConfig
 from tasks.recording import Recorder
 
@@ -24,5 +24,7 @@ def index_corpus(config: CurationConfig, run_id: str | None = None, deep: bool =
 
 def _run(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool) -> None:
     check(run, runner, config, model=True, targets=False)
-    indexed = index(run, runner, config, ingest(run, runner, config, deep=deep))
+    corpus = ingest(run, runner, config, deep=deep)
+    config = tune(run, runner, config, corpus)
+    indexed = index(run, runner, config, corpus)
     compress(run, runner, config, indexed)

@@ -10,6 +10,7 @@ from rise_ops.config import CurationConfig
 from rise_ops.errors import DamagedError
 from rise_ops.memory import task_limits
 from rise_ops.parts import valuation_folder
+from rise_ops.tuning import is_tuned, with_choice
 from tasks.dispatch import Dispatcher, run_all
 from tasks.index import compress as compress_blocks
 from tasks.index import count_tokens, open_model, plan_codes, plan_index, sketch
@@ -18,6 +19,7 @@ from tasks.preflight import preflight
 from tasks.progress import Tracker
 from tasks.publish import collect_examples, evaluate_targets, export_kept
 from tasks.recording import Recorder
+from tasks.tune import choose_sketch
 from tasks.value import plan_value, select_rows, sign_queries, value_blocks
 
 Json = dict[str, Any]
@@ -81,6 +83,20 @@ def ingest(run: Recorder, runner: Runner, config: CurationConfig, *, deep: bool 
         "objects_removed": len(seen["removed"]),
     }
     return published
+
+
+def tune(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -> CurationConfig:
+    """Choose what of the sketch is `auto`. Returns the configuration with the choice."""
+    if not is_tuned(config):
+        return config
+    call = {"config": config, "version": corpus["version"], "run_id": run.run_id}
+    with run.stage("tune") as stage:
+        (found,) = run_all(runner, choose_sketch, [call], store_uri=config.store)
+        stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
+        stage.wrote(found["outputs"][0], rows=found["rows"])
+        stage.cached = not found["new"]
+    run.record["tuning"] = {name: found[name] for name in ("tuning_id", "chosen", "why")}
+    return with_choice(config, found["chosen"])
 
 
 def index(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json) -> Json:
@@ -204,6 +220,7 @@ def export(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, 
         "selection": selection,
         "stability": run.record["selection"].get("stability"),
         "sketch": config.sketch.model_dump(mode="json"),
+        "tuning": run.record.get("tuning"),
         "code": run.record["code"],
     }
     call = {"config": config, "version": corpus["version"], "run_id": run.run_id, "lineage": lineage}

@@ -29,6 +29,7 @@ from rise_ops.session import open_indexed, open_queries
 from rise_ops.store import Store
 from rise_ops.targets import Target
 from rise_ops.trunk import pick_device
+from rise_ops.tuning import settled
 
 _BLOCKS_AT_ONCE = 32
 _LOCATED = ("doc_id", "text", "source_uri", "source_row")
@@ -89,6 +90,7 @@ def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow]
         Nothing was ingested, or the corpus is not wholly in the index of this model and sketch, or there are no codes.
     """
     with alive_if_possible(store, "attribution"):
+        config = settled(store, config)
         indexed = open_indexed(store, config, version=version)
         target = open_queries(store, config, indexed.index_id, rows)
         codes = None if rescore is None else (config.simhash or SimHashConfig(), rescore)

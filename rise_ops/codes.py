@@ -29,6 +29,7 @@ from rise_ops.shapes import CodesShape
 from rise_ops.simhash import Codes, SimHash
 from rise_ops.store import Store
 from rise_ops.trunk import pick_device
+from rise_ops.tuning import settled
 
 FORMAT_VERSION = 1
 
@@ -179,6 +180,7 @@ def compress_corpus(store: Store, config: CurationConfig, *, progress: Progress 
     """
     codes = config.simhash or SimHashConfig()
     with alive_if_possible(store, "compression"):
+        config = settled(store, config)
         indexed = open_indexed(store, config)
         rows_of = block_rows(store, indexed.version)
         missing = missing_codes(store, indexed.index_id, rows_of, codes)

@@ -32,6 +32,7 @@ from rise_ops.progress import Progress, silent
 from rise_ops.session import open_indexed, open_target
 from rise_ops.store import Store
 from rise_ops.targets import Target, read_target
+from rise_ops.tuning import settled
 from rise_ops.valuation import read_extremes
 
 DEFAULT_LABEL = "label"
@@ -153,6 +154,7 @@ def evaluate_corpus(store: Store, config: CurationConfig, name: str, *, label: L
     if name not in config.targets:
         raise ConfigError(f"--target {name}: not a target; known: {', '.join(config.targets) or 'none'}")
     with alive_if_possible(store, "evaluation"):
+        config = settled(store, config)
         indexed = open_indexed(store, config)
         target = open_target(store, config, indexed.index_id, name)
         extremes = find_extremes(store, indexed.index_id, indexed.blocks, {name: target}, k=max(ks), progress=progress)

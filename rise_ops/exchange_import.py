@@ -41,6 +41,7 @@ from rise_ops.signatures import RowSignatures, Signer
 from rise_ops.sketch import load_tables
 from rise_ops.spool import spool
 from rise_ops.store import Store
+from rise_ops.tuning import settled
 
 SAMPLE_ROWS = 32
 """Rows that are computed and compared."""
@@ -131,6 +132,7 @@ def import_reference_index(store: Store, config: CurationConfig, folder: str | P
         A block of signatures does not fit in `limits.memory`.
     """
     started = time.perf_counter()
+    config = settled(store, config)
     index = open_reference_index(folder)
     _refuse_other_sketch(index, config)
     _, memory = sketch_memory(int(config.limits.memory), dim=config.sketch.dim)

@@ -57,6 +57,7 @@ from rise_ops.session import IndexedCorpus, block_rows, open_indexed
 from rise_ops.sketch import SketchTables, load_tables
 from rise_ops.store import Store
 from rise_ops.trunk import load_trunk
+from rise_ops.tuning import settled
 
 BLOCK_SIZE = 4_096
 """Rows of a shard, as the reference writes them."""
@@ -135,6 +136,7 @@ def export_reference_index(store: Store, config: CurationConfig, folder: str | P
     if block_size < 1:
         raise ConfigError(f"block size {block_size} must be 1 or more")
     with alive_if_possible(store, "index-export"):
+        config = settled(store, config)
         indexed = open_indexed(store, config, version=version)
         tables = load_tables(store, f"indexes/{indexed.index_id}/tables.zarr")
         entry = indexed.version.sources[0] if len(indexed.version.sources) == 1 else None

@@ -29,6 +29,7 @@ from rise_ops.rows import RowFault, canonical_row
 from rise_ops.session import open_signer, plan_stages
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
+from rise_ops.tuning import planned
 
 SAMPLE_ROWS = 128
 BASE_BYTES = 700 * 2**20
@@ -63,6 +64,7 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
         What a run would also stumble over.
     """
     store = Store(config.store)
+    config, sketch = planned(store, config)
     version, listed = look_at_sources(store, config.corpus, config.limits)
     identity = index_id(model_fingerprint(config.model), config.sketch)
     memory = int(config.limits.memory)
@@ -81,6 +83,7 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
     return {
         "corpus": config.corpus.name,
         "index_id": identity,
+        "sketch": sketch,
         **diff.to_json(),
         "blocks_to_write": len(missing),
         "rows_total": seen.rows,

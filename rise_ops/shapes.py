@@ -98,6 +98,25 @@ class CodesShape:
 
 
 @dataclass(frozen=True, slots=True)
+class _Choice:
+    temperature: float | None = None
+    dim_r: Count | None = None
+    dim_h: Count | None = None
+    dim_g: Count | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TuningShape:
+    """tunings/<tuning_id>.json."""
+
+    tuning_id: str
+    chosen: _Choice
+    candidates: list[dict[str, Any]]
+    why: list[str]
+    rows: Count
+
+
+@dataclass(frozen=True, slots=True)
 class TargetShape:
     """targets/<target_id>.json."""
 

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 STORE_FOLDERS = frozenset(
     ("alive", "attributions", "blocks", "corpora", "damage", "exports", "indexes", "objects", "quarantine", "runs",
-     "scores", "snapshots", "targets")
+     "scores", "snapshots", "targets", "tunings")
 )  # fmt: skip
 """What lies at the root of a store."""
 

@@ -30,7 +30,7 @@ from rise_ops.objects import read_record as read_object_record
 from rise_ops.packs import read_pack
 from rise_ops.runs import read_run
 from rise_ops.selection import decisions_key
-from rise_ops.shapes import CodesShape, PartShape, TargetShape
+from rise_ops.shapes import CodesShape, PartShape, TargetShape, TuningShape
 from rise_ops.signatures import load_tables
 from rise_ops.simhash import SimHash
 from rise_ops.store import Store
@@ -95,6 +95,7 @@ def _checks(store: Store, *, deep: bool) -> Iterator[_Check]:
     yield from _scores(store, deep=deep)
     yield from _exports(store, deep=deep)
     yield from _runs(store)
+    yield from _tunings(store)
 
 
 def _corpora(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[_Check]:
@@ -333,6 +334,12 @@ def _runs(store: Store) -> Iterator[_Check]:
         yield _Check(key, GONE, look)
         for name in decided:
             yield _Check(name, GONE, lambda name=name: None if store.exists(name) else "is missing")  # type: ignore[misc]
+
+
+def _tunings(store: Store) -> Iterator[_Check]:
+    for name in store.children("tunings"):
+        key = f"tunings/{name}"
+        yield _Check(key, GONE, lambda key=key: store.get_json(key, shape=TuningShape) and None)  # type: ignore[misc]
 
 
 def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:
