@@ -223,7 +223,7 @@ def _wanted(target: Target, label: Label) -> list[str]:
             raise ConfigError(
                 f"--label {label.field}: query {number} has no '{label.field}'; give the value as {label.field}=VALUE"
             )
-        values.append(as_label(own))
+        values.append(str(as_label(own)))
     return values
 
 

@@ -338,8 +338,11 @@ def _runs(store: Store) -> Iterator[_Check]:
 
 def _tunings(store: Store) -> Iterator[_Check]:
     for name in store.children("tunings"):
-        key = f"tunings/{name}"
-        yield _Check(key, GONE, lambda key=key: store.get_json(key, shape=TuningShape) and None)  # type: ignore[misc]
+
+        def look(key: str = f"tunings/{name}") -> None:
+            store.get_json(key, shape=TuningShape)
+
+        yield _Check(f"tunings/{name}", GONE, look)
 
 
 def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:

@@ -77,10 +77,10 @@ def test_figures_equal_their_definitions() -> None:
     rows: Any = draw.standard_normal((30, 12)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     squared = [float(rows[a] @ rows[b]) ** 2 for a in range(30) for b in range(30) if a != b]
-    zeros = np.concatenate([rows, np.zeros((2, 12), np.float32)])
+    zeros: Any = np.concatenate([rows, np.zeros((2, 12), np.float32)])
     assert effective_rank(zeros) == pytest.approx(30 / (1 + 29 * np.mean(squared)), rel=1e-5)
     assert effective_rank(np.eye(5, dtype=np.float32)) == pytest.approx(5)
-    assert effective_rank(np.ones((5, 4), np.float32) / 2) == pytest.approx(1)
+    assert effective_rank(np.full((5, 4), 0.5, np.float32)) == pytest.approx(1)
     queries = rows[:4]
     scores = rows[4:] @ queries.T
     above = [
