@@ -36,8 +36,9 @@ from rise_ops.report_rows import (
     near_duplicate_groups,
     plane,
 )
-from rise_ops.report_steps import REASONS, selection_steps
+from rise_ops.report_steps import REASONS, Step, selection_steps
 from rise_ops.report_text import FILTERS
+from rise_ops.row_groups import source_name
 from rise_ops.runs import read_run
 from rise_ops.store import Store
 from rise_ops.visible import visible
@@ -96,7 +97,7 @@ def render_report(store: Store, run_id: str) -> str:
         "by_value": _by_value(run),
         "prefix": prefix,
         "charts": _charts(run, decided, prefix) if decided else {},
-        "steps": selection_steps(run.get("config") or {}, figures) if figures else [],
+        "steps": _steps(run, figures) if figures else [],
         "notices": notices(run, figures, rejected["total"] if rejected else 0),
         "reasons": REASONS,
         "stability": (run.get("selection") or {}).get("stability"),
@@ -184,7 +185,7 @@ def _decisions(store: Store, run: Json) -> Decided | None:
 
 def _decided(decisions: pl.LazyFrame, run: Json) -> Decided:
     selection = (run.get("config") or {}).get("selection") or {}
-    source = _source((selection.get("per_source") or {}).get("by"))
+    source = _source(decisions, run.get("config") or {})
     figures = decision_figures(decisions, source=source)
     keep = selection.get("keep") or {}
     unit: Unit = "rows" if keep.get("rows") or keep.get("fraction") else "tokens"
@@ -201,10 +202,14 @@ def _decided(decisions: pl.LazyFrame, run: Json) -> Decided:
     )
 
 
-def _source(by: str | None) -> pl.Expr:
-    """What the selection's quotas take for a source, as far as a row's place tells."""
-    uri = pl.col("source_uri")
-    return uri.str.replace(r"[^/]*$", "") if by == "folder" else uri
+def _source(decisions: pl.LazyFrame, config: Json) -> pl.Expr:
+    """What the selection's quotas take for a source."""
+    uri, by = pl.col("source_uri"), ((config.get("selection") or {}).get("per_source") or {}).get("by", "object")
+    if by == "object":
+        return uri
+    uris = decisions.select(uri.unique()).collect(engine="streaming")["source_uri"].to_list()
+    patterns = (config.get("corpus") or {}).get("sources") or []
+    return uri.replace_strict(uris, [source_name(each, by, patterns) for each in uris], return_dtype=pl.String)
 
 
 def _optional_json(store: Store, key: str) -> Json:
@@ -225,6 +230,11 @@ def _rejected(store: Store, run_id: str) -> Json | None:
         "classes": list(counted.iter_rows()),
         "rows": list(first.iter_rows(named=True)),
     }
+
+
+def _steps(run: Json, figures: DecisionFigures) -> list[Step]:
+    recorded = (run.get("selection") or {}).get("steps") or ()
+    return selection_steps(run.get("config") or {}, figures, recorded)
 
 
 def _queries(queries: Sequence[Json]) -> list[Json]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rise_ops.report_data import DecisionFigures
+from rise_ops.report_data import DecisionFigures, Reason
 from rise_ops.report_text import setting
 
 REASONS = {
@@ -43,17 +43,21 @@ class Step:
     """Rows after this step."""
 
 
-def selection_steps(config: Mapping[str, Any], figures: DecisionFigures) -> list[Step]:
-    """The steps of a selection that took rows; the last is what was kept.
+def selection_steps(config: Mapping[str, Any], figures: DecisionFigures,
+                    recorded: Iterable[Mapping[str, Any]] = ()) -> list[Step]:  # fmt: skip
+    """The steps of a selection; the last is what was kept.
 
     Parameters
     ----------
     config
         The run's configuration, from which rules are quoted.
+    recorded
+        Steps as `run.json` has them: rules that took nothing are known from there alone.
     """
+    idle = [Reason(step["reason"], step["rule"], 0, 0) for step in recorded if step["rule"] and not step["rows"]]
     order = {reason: number for number, reason in enumerate(REASONS)}
     left, steps = figures.rows, []
-    for found in sorted(figures.reasons, key=lambda each: (order.get(each.reason, 0), each.rule or "")):
+    for found in sorted([*figures.reasons, *idle], key=lambda each: (order.get(each.reason, 0), each.rule or "")):
         if found.reason != "kept":
             left -= found.rows
         says = setting(config, found.rule) if found.rule else ""

@@ -13,6 +13,8 @@ MARKED = 24
 """Tokens of a text that are marked: the ones that carry most."""
 _FAINTEST = 0.08
 """A token that carries less than this part of the strongest is not marked."""
+_DEFAULTS = (("field", "text"), ("by", "object"))
+"""Settings that go without saying."""
 _NAMED = 4
 """Tokens that are named beneath a text."""
 
@@ -123,7 +125,11 @@ def setting(config: Any, rule: Any) -> str:
 def brief_yaml(value: Any) -> str:
     """A setting in one line, without what is not set."""
     if isinstance(value, Mapping):
-        pairs = [f"{key} {brief_yaml(each)}" for key, each in value.items() if each not in (None, (), [], {}, "")]
+        pairs = [
+            f"{key} {brief_yaml(each)}"
+            for key, each in value.items()
+            if each not in (None, (), [], {}, "") and (key, each) not in _DEFAULTS
+        ]
         return ", ".join(pairs)
     if value is None:
         return ""

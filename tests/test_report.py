@@ -327,6 +327,20 @@ def test_the_steps_leave_what_is_kept(store: Store, tmp_path: Path) -> None:
         assert shown in table
 
 
+@pytest.mark.parametrize(("by", "rows"), [("folder", 4), ("pattern", 1), ("object", 20)])
+def test_a_source_is_what_quotas_take_for_one(tmp_path: Path, by: str, rows: int) -> None:
+    store, frame = Store(str(tmp_path)), synthetic_decisions(2_000)
+    record = synthetic_record(frame)
+    record["config"]["selection"]["per_source"] = {"by": by, "max_rows": 900}
+    store.create_json(f"runs/{SYNTHETIC}/run.json", record)
+    put_frame(store, f"runs/{SYNTHETIC}/decisions.parquet", frame)
+    table = render_report(store, SYNTHETIC).split('aria-label="Rows by source"')[1].split("</table>")[0]
+    names = re.findall(r'<bdi title="([^"]+)">', table)
+    assert len([name for name in names if "smaller" not in name]) == rows
+    expected = {"folder": "s3://raw/support/team-0/", "pattern": "s3://raw/support/**/*.jsonl"}
+    assert expected.get(by, "s3://raw/support/team-0/part-000.jsonl") in names
+
+
 @pytest.mark.parametrize("which", ["whole", "hostile"])
 def test_tables_have_headers_and_regions_have_names(whole: str, store: Store, which: str) -> None:
     html = whole if which == "whole" else render_report(store, RUN)
@@ -389,4 +403,5 @@ def test_notices_tell_what_to_look_at(tmp_path: Path, changes: dict[str, Any], t
     store.create_json(f"runs/{SYNTHETIC}/run.json", record)
     put_frame(store, f"runs/{SYNTHETIC}/decisions.parquet", frame)
     html = render_report(store, SYNTHETIC)
+    assert ("pattern mispelt" in html.split("<tbody>")[1].split("</tbody>")[0]) == ("exclude" in changes)
     assert told in html.split('<ul class="notices">')[1].split("</ul>")[0]

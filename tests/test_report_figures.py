@@ -174,7 +174,8 @@ def test_numbers_and_settings_as_people_write_them() -> None:
     ]
     assert [percent(*pair) for pair in ((1, 3), (1, 2), (1, 100_000), (0, 5), (1, 0))] == [
         "33.3 %", "50 %", "< 0.1 %", "0 %", "–"]  # fmt: skip
-    config = {"selection": {"exclude": [{"pattern": "a b", "field": "text"}, {"target": "x", "top_rows": 5_000}]}}
+    config = {"selection": {"exclude": [{"pattern": "a b", "field": "prompt"}, {"target": "x", "top_rows": 5_000}]}}
+    assert setting(config, "selection.exclude[0]") == "pattern a b, field prompt"
     assert setting(config, "selection.exclude[1]") == "target x, top_rows 5,000"
     assert setting(config, "selection.exclude[7]") == setting(config, "nothing.here") == ""
     assert clip("abcdef", 4) == "abcd … (2 more characters)"
