@@ -8,10 +8,11 @@ row of the index is scored, in one pass for all queries; or faster, over the cod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 
@@ -25,14 +26,17 @@ from rise_ops.progress import Progress, silent
 from rise_ops.rows import CanonicalRow
 from rise_ops.scan import BLOCK_SHIFT, DEFAULT_MEMORY
 from rise_ops.search import Found, Wanted, search
-from rise_ops.session import open_indexed, open_queries
+from rise_ops.session import open_indexed, open_queries, open_signer
+from rise_ops.signatures import Signer
 from rise_ops.store import Store
 from rise_ops.targets import Target
+from rise_ops.token_influence import Tokens, explain_scores
 from rise_ops.trunk import pick_device
 from rise_ops.tuning import settled
 
 _BLOCKS_AT_ONCE = 32
 _LOCATED = ("doc_id", "text", "source_uri", "source_row")
+_OF_HITS = ("doc_id", "score", "source_uri", "source_row", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,12 @@ class Hit:
     source_uri: str
     source_row: int
     text: str
+    tokens: Tokens | None = None
+    """What each token of the row adds to the score, where asked for (`rise_ops.token_influence`)."""
+    query_tokens: Tokens | None = None
+    """What each token of the query adds to it, another sum of the same score."""
+    tokens_gap: float | None = None
+    """How far the two sums are from the score, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Attribution:
 
 def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow], *, k: int,
               version: int | None = None, only: RowFilter = EVERY_ROW, rescore: int | None = None,
-              progress: Progress = silent) -> list[Attribution]:  # fmt: skip
+              tokens: bool = False, progress: Progress = silent) -> list[Attribution]:  # fmt: skip
     """The k most and least influential rows of the configured corpus, for each query.
 
     Parameters
@@ -81,6 +91,8 @@ def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow]
         Sources and labels that are searched.
     rescore
         Where given, the codes of the index are searched instead of its signatures (`rise_ops.code_search`).
+    tokens
+        Say of each hit which tokens of it and of the query carry the score; the model reads the hits again.
 
     Raises
     ------
@@ -99,7 +111,37 @@ def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow]
             wanted=only.wanted(store, indexed.version), codes=codes, device=pick_device(config.model.device),
             memory=int(config.limits.memory), progress=progress,
         )  # fmt: skip
-        return explain(store, indexed.version, indexed.blocks, target, extremes, only=only)
+        found = explain(store, indexed.version, indexed.blocks, target, extremes, only=only)
+        return with_tokens(found, target, signer=open_signer(store, config)) if tokens else found
+
+
+def with_tokens(found: Sequence[Attribution], target: Target, *, signer: Signer) -> list[Attribution]:
+    """The attributions of a target's queries, their hits with the influence of tokens.
+
+    Raises
+    ------
+    ModelError, LimitError
+        As `rise_ops.token_influence.explain_scores`.
+    """
+    return [
+        replace(
+            attribution,
+            hits=_explained(attribution, attribution.hits, signature, signer),
+            bottom=_explained(attribution, attribution.bottom, signature, signer),
+        )
+        for attribution, signature in zip(found, target.signature, strict=True)
+    ]
+
+
+def _explained(
+    attribution: Attribution, hits: Sequence[Hit], signature: npt.NDArray[np.float32], signer: Signer
+) -> list[Hit]:
+    texts = [hit.text for hit in hits]
+    parts = explain_scores(signer, texts, query=attribution.query, prompt=attribution.prompt, signature=signature)
+    return [
+        replace(hit, tokens=part.tokens, query_tokens=part.query_tokens, tokens_gap=part.gap(hit.score))
+        for hit, part in zip(hits, parts, strict=True)
+    ]
 
 
 def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: Mapping[str, Target], *, k: int,
@@ -206,8 +248,9 @@ def _content(store: Store, block_id: str, rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _hits(rows: pl.DataFrame) -> list[Hit]:
-    return [Hit(**row) for row in rows.select(*Hit.__slots__).iter_rows(named=True)]
+    return [Hit(**row) for row in rows.select(*_OF_HITS).iter_rows(named=True)]
 
 
 def _hit_json(hit: Hit) -> dict[str, Any]:
-    return {name: getattr(hit, name) for name in Hit.__slots__}
+    names = Hit.__slots__ if hit.tokens is not None else _OF_HITS
+    return {name: value for name, value in asdict(hit).items() if name in names}

@@ -157,6 +157,71 @@ class ReadoutHead:
         ModelError
             Hidden states and token ids do not agree in number, or a length does not fit them.
         """
+        summed = self._summed(self._factors(hidden, token_ids, lengths, loss_start))
+        return summed.div_(self._norms(summed))
+
+    @torch.inference_mode()
+    def contributions(
+        self,
+        hidden: torch.Tensor,
+        token_ids: torch.Tensor,
+        lengths: torch.Tensor | Sequence[int],
+        vectors: torch.Tensor,
+        *,
+        loss_start: torch.Tensor | Sequence[int] | int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much each position adds to the inner products of the chunks' signatures with some vectors.
+
+        The signature is a sum over positions divided by its norm, so `⟨φ, q⟩` is the sum over positions of
+
+            (Σ over channels of weight · leftₜᵀ Q rightₜ) / norm        Q: the channel's part of q, as a matrix
+
+        which needs no outer product of a position.
+
+        Parameters
+        ----------
+        hidden, token_ids, lengths, loss_start
+            As for `signatures`.
+        vectors
+            [K, dim]; the same for all chunks.
+
+        Returns
+        -------
+        tuple
+            float32 [B, K, L], entry t for what position t predicts, the token t + 1, zero where it does not count;
+            and the signatures, float32 [B, dim].
+
+        Raises
+        ------
+        ModelError
+            As `signatures`, or the vectors are of another width.
+        """
+        if vectors.dim() != 2 or vectors.shape[1] != self.config.dim:
+            raise ModelError(f"vectors of shape {list(vectors.shape)} do not fit signatures of width {self.config.dim}")
+        factors = self._factors(hidden, token_ids, lengths, loss_start)
+        summed = self._summed(factors)
+        norms = self._norms(summed)
+        batch, width = token_ids.shape
+        found = torch.zeros(batch, vectors.shape[0], width, device=self.device)
+        for number, vector in enumerate(vectors.to(self.device, torch.float32)):
+            start = 0
+            for channel in self.config.channels:
+                left, right = (factors[name] for name in _FACTORS[channel])
+                rows, columns = left.shape[2], right.shape[2]
+                matrix = vector[start : start + rows * columns].view(rows, columns)
+                weight = float(getattr(self.config, f"weight_{channel}"))
+                found[:, number].add_(((left @ matrix) * right).sum(2), alpha=weight)
+                start += rows * columns
+        return found.div_(norms[:, None]), summed.div_(norms)
+
+    def _factors(
+        self,
+        hidden: torch.Tensor,
+        token_ids: torch.Tensor,
+        lengths: torch.Tensor | Sequence[int],
+        loss_start: torch.Tensor | Sequence[int] | int | None,
+    ) -> dict[str, torch.Tensor]:
+        """Unit-length sketches [B, L, width] of every position; zero where it does not count."""
         batch, width = self._check(hidden, token_ids)
         positions = _counted_positions(lengths, loss_start, batch=batch, width=width).to(self.device)
         flat_hidden = hidden.reshape(batch * width, self.hidden_dim).to(self.device)
@@ -167,7 +232,7 @@ class ReadoutHead:
         buffer = torch.empty(rows, self.vocab_size, device=self.device)
         for part in positions.split(rows):
             self._sketch_slice(flat_hidden[part], flat_ids[part + 1], part, factors=factors, buffer=buffer)
-        return self._channels({name: factor.view(batch, width, -1) for name, factor in factors.items()})
+        return {name: factor.view(batch, width, -1) for name, factor in factors.items()}
 
     def _sketch_slice(
         self,
@@ -218,8 +283,13 @@ class ReadoutHead:
         norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x / norms.clamp_min(self.config.eps)
 
-    def _channels(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Σ over positions of the outer products, [B, dim], of unit length."""
+    def _norms(self, x: torch.Tensor) -> torch.Tensor:
+        """Lengths of rows, [B, 1], floored."""
+        norms: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return norms.clamp_min(self.config.eps)
+
+    def _summed(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Σ over positions of the weighted outer products, [B, dim]."""
         config = self.config
         batch = next(iter(factors.values())).shape[0]
         out = torch.empty(batch, config.dim, device=self.device)
@@ -229,7 +299,7 @@ class ReadoutHead:
             part = torch.bmm(left.transpose(1, 2), right).flatten(1)
             torch.mul(part, float(getattr(config, f"weight_{channel}")), out=out[:, start : start + part.shape[1]])
             start += part.shape[1]
-        return out.div_(torch.linalg.vector_norm(out, dim=1, keepdim=True).clamp_min(config.eps))
+        return out
 
     def _check(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[int, int]:
         if hidden.dim() != 3 or hidden.shape[:2] != token_ids.shape or hidden.shape[2] != self.hidden_dim:

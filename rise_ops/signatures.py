@@ -27,11 +27,20 @@ from rise_ops.progress import Progress, silent
 from rise_ops.sketch import SketchTables, load_tables
 from rise_ops.trunk import Encoded, Trunk
 
-__all__ = ["ESTIMATOR_VERSION", "MemoryPlan", "RowSignatures", "Signer", "load_tables", "plan_memory"]
+__all__ = [
+    "ESTIMATOR_VERSION",
+    "MemoryPlan",
+    "RowSignatures",
+    "Signer",
+    "TokenScores",
+    "load_tables",
+    "plan_memory",
+]
 
 ESTIMATOR_VERSION = 1
 """Raised when the same model, configuration and text would give another signature."""
 
+_FLOOR = 1e-8
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Padded tokens beyond which a larger micro-batch gains nothing."""
 _MAX_LOGIT_BYTES = {"cpu": 48 * 2**20, "cuda": 2**30}
@@ -77,6 +86,17 @@ class RowSignatures:
     """int32 [rows]: tokens of each row."""
     chunks: np.ndarray[Any, np.dtype[np.int32]]
     """int32 [rows]: chunks of each row; 0 for fewer than two tokens."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenScores:
+    """What each token of one text adds to the inner products of its signature with some vectors."""
+
+    encoded: Encoded
+    scores: np.ndarray[Any, np.dtype[np.float64]]
+    """float64 [vectors, tokens], at the token that is predicted; overlapping windows add up."""
+    signature: np.ndarray[Any, np.dtype[np.float32]]
+    """float32 [dim]: the text's signature, computed again, rounded to float16; zero where it predicts nothing."""
 
 
 def plan_memory(trunk: Trunk, sketch: SketchConfig, *, memory: int) -> MemoryPlan:
@@ -204,6 +224,54 @@ class Signer:
         chunks = [self._query_chunks(row, found, prompts[row]) for row, found in enumerate(encoded)]
         return self._sign(encoded, chunks, progress=progress)
 
+    def token_scores(
+        self, text: str, vectors: np.ndarray[Any, np.dtype[np.float32]], *, prompt: str | None = None
+    ) -> TokenScores:
+        """Split the inner products of a text's signature with vectors [K, dim] over its tokens.
+
+        Parameters
+        ----------
+        prompt
+            The beginning of the text that does not count, as for `queries`.
+
+        Raises
+        ------
+        ModelError, LimitError
+            As `rows`.
+        """
+        (encoded,) = self.trunk.encode([text], offsets=True)
+        chunks = self._query_chunks(0, encoded, prompt)
+        scores = np.zeros((len(vectors), len(encoded.ids)), np.float64)
+        wanted = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.trunk.device)
+        total = torch.zeros(self.sketch.dim, device=self.trunk.device)
+        lengths = [len(chunk) for chunk in chunks]
+        for batch in plan_batches(lengths, max_tokens=self.plan.tokens, max_chunks=self.plan.chunks):
+            start = 0
+            while start < len(batch):
+                part = [chunks[index] for index in batch[start : start + self._max_chunks]]
+                try:
+                    found, signatures = self._chunk_contributions(part, encoded, wanted)
+                except torch.OutOfMemoryError as error:
+                    self._halve(part, error)
+                    continue
+                for chunk, shares in zip(part, found, strict=True):
+                    scores[:, chunk.start + 1 : chunk.stop] += shares[:, : len(chunk) - 1]
+                total += signatures.sum(0)
+                start += len(part)
+        norm = max(float(torch.linalg.vector_norm(total)), _FLOOR)
+        if not np.isfinite(scores).all() or not np.isfinite(norm):
+            raise ModelError("a text has no finite signature: the model overflows; set model.dtype to float32")
+        return TokenScores(encoded, scores / norm, (total / norm).half().float().cpu().numpy())
+
+    @torch.inference_mode()
+    def _chunk_contributions(
+        self, batch: Sequence[Chunk], encoded: Encoded, vectors: torch.Tensor
+    ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], torch.Tensor]:
+        """Contributions float64 [chunks, vectors, positions], and signatures as `_chunk_signatures` gives them."""
+        hidden, ids, lengths, starts = self._read(batch, [encoded])
+        found, signatures = self._head.contributions(hidden, ids, lengths, vectors, loss_start=starts)
+        return found.double().cpu().numpy(), signatures.half().float()
+
     def _query_chunks(self, row: int, found: Encoded, prompt: str | None) -> list[Chunk]:
         tokens = len(found.ids)
         if not prompt:
@@ -240,36 +308,45 @@ class Signer:
             try:
                 signatures = self._chunk_signatures(part, encoded)
             except torch.OutOfMemoryError as error:
-                if len(part) == 1:
-                    raise LimitError(
-                        f"{self.trunk.device} has no memory for one chunk of {len(part[0])} tokens; free some, or use "
-                        "a smaller model or dtype bfloat16"
-                    ) from error
-                self._max_chunks = len(part) // 2
-                self.halvings += 1
-                _logger.warning(
-                    "%s ran out of memory at %d chunks of %d tokens; going on with %d chunks at a time",
-                    self.trunk.device,
-                    len(part),
-                    len(part[0]),
-                    self._max_chunks,
-                )
-                torch.cuda.empty_cache()
+                self._halve(part, error)
                 continue
             sums.add([chunk.row for chunk in part], signatures)
             start += len(part)
 
+    def _halve(self, part: Sequence[Chunk], error: BaseException) -> None:
+        """Go on with half as many chunks at a time."""
+        if len(part) == 1:
+            raise LimitError(
+                f"{self.trunk.device} has no memory for one chunk of {len(part[0])} tokens; free some, or use "
+                "a smaller model or dtype bfloat16"
+            ) from error
+        self._max_chunks = len(part) // 2
+        self.halvings += 1
+        _logger.warning(
+            "%s ran out of memory at %d chunks of %d tokens; going on with %d chunks at a time",
+            self.trunk.device,
+            len(part),
+            len(part[0]),
+            self._max_chunks,
+        )
+        torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def _chunk_signatures(self, batch: Sequence[Chunk], encoded: Sequence[Encoded]) -> torch.Tensor:
         """Chunk signatures rounded to float16, as float32 [chunks, dim]."""
+        hidden, ids, lengths, starts = self._read(batch, encoded)
+        return self._head.signatures(hidden, ids, lengths, loss_start=starts).half().float()
+
+    def _read(
+        self, batch: Sequence[Chunk], encoded: Sequence[Encoded]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
+        """Hidden states, token ids, lengths and starts of the loss of some chunks."""
         lengths = [len(chunk) for chunk in batch]
         padded = np.zeros((len(batch), max(lengths)), np.int64)
         for slot, chunk in enumerate(batch):
             padded[slot, : len(chunk)] = encoded[chunk.row].ids[chunk.start : chunk.stop]
         ids = torch.from_numpy(padded).to(self.trunk.device)
-        hidden = self.trunk.hidden_states(ids, lengths)
-        starts = [chunk.loss_start for chunk in batch]
-        return self._head.signatures(hidden, ids, lengths, loss_start=starts).half().float()
+        return self.trunk.hidden_states(ids, lengths), ids, lengths, [chunk.loss_start for chunk in batch]
 
 
 class _RowSums:
@@ -303,7 +380,7 @@ class _RowSums:
 
     def _store(self, rows: Sequence[int], signatures: torch.Tensor) -> None:
         norms = torch.linalg.vector_norm(signatures, dim=1, keepdim=True)
-        scaled = (signatures / norms.clamp_min(1e-8)).half().cpu().numpy()
+        scaled = (signatures / norms.clamp_min(_FLOOR)).half().cpu().numpy()
         broken = (~norms.isfinite()).squeeze(1).nonzero().squeeze(1).tolist()
         if broken:
             raise ModelError(

@@ -48,6 +48,8 @@ class Encoded:
     """Token ids, special tokens included."""
     ends: tuple[int, ...] | None
     """Character offset at which each token ends; None unless asked for and known."""
+    starts: tuple[int, ...] | None = None
+    """Character offset at which each token starts, likewise."""
 
 
 class Trunk:
@@ -188,8 +190,11 @@ class Trunk:
                     f"tokenizer of {self.name} gives token {int(ids.max())} ({token!r}), the model has "
                     f"{self.vocab_size}; use the tokenizer that the model was trained with"
                 )
-            ends = tuple(int(end) for _, end in batch["offset_mapping"][index]) if offsets else None
-            yield Encoded(ids, ends)
+            if not offsets:
+                yield Encoded(ids, None)
+                continue
+            places = batch["offset_mapping"][index]
+            yield Encoded(ids, tuple(int(end) for _, end in places), tuple(int(start) for start, _ in places))
 
     @torch.inference_mode()
     def _verify(self) -> None:
