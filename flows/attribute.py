@@ -28,6 +28,7 @@ def attribute(
     label: str | None = None,
     version: int | None = None,
     rescore: int | None = None,
+    tokens: bool = False,
 ) -> dict[str, Any]:
     """Attribute queries of a file, or one text. Returns where the hits are in the store.
 
@@ -37,9 +38,11 @@ def attribute(
         Where rows are searched: a source object or glob, FIELD=VALUE, a version of the corpus.
     rescore
         Where given, codes are searched, and so many times k rows are scored from the index.
+    tokens
+        Also say which tokens of the hits and of the queries carry the scores.
     """
     with dispatcher(config) as runner:
-        asked = {"queries": queries, "text": text, "prompt": prompt, "k": k}
+        asked = {"queries": queries, "text": text, "prompt": prompt, "k": k, "tokens": tokens}
         where = {"source": source, "label": label, "version": version, "rescore": rescore}
         call = {"config": config, **asked, **where}
         (found,) = run_all(runner, attribute_queries, [call], store_uri=config.store)

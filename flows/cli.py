@@ -163,6 +163,9 @@ def attribute(
     rescore: Annotated[
         int, typer.Option(min=0, help="With --compressed: score RESCORE times K rows from the index; 0: none.")
     ] = 4,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Also which tokens of rows and queries carry the scores.")
+    ] = False,
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
@@ -186,6 +189,7 @@ def attribute(
             version=version,
             only=only,
             rescore=rescore if compressed else None,
+            tokens=tokens,
             progress=lambda done, _: listen("scan", done, None),
         )
     result = [attribution.to_json(bottom=bottom) for attribution in found]

@@ -236,7 +236,7 @@ class Curation:
 
     def attribute(self, text: str, prompt: str | None = None, *, k: int = 10, bottom: bool = False,
                   version: int | None = None, source: str | None = None, label: str | None = None,
-                  compressed: bool = False, rescore: int = 4) -> Attributions:  # fmt: skip
+                  compressed: bool = False, rescore: int = 4, tokens: bool = False) -> Attributions:  # fmt: skip
         """The rows that made the model say something: those of highest influence on a text.
 
         Parameters
@@ -253,6 +253,8 @@ class Curation:
             What is searched: version of the corpus, URI of a source, FIELD=VALUE.
         compressed
             Search the codes that `curate compress` made, and score `rescore` times k rows of what they find exactly.
+        tokens
+            Say of each hit which tokens of it and of the text carry the score (`Hit.tokens`, `Hit.query_tokens`).
 
         Raises
         ------
@@ -264,7 +266,7 @@ class Curation:
         >>> curation.attribute("Arr, walk the plank!", k=5).to_frame()       # doctest: +SKIP
         """
         rows = ad_hoc_queries(self.config, queries=None, text=text, prompt=prompt)
-        return self._attribute(rows, k=k, bottom=bottom, version=version, source=source, label=label,
+        return self._attribute(rows, k=k, bottom=bottom, version=version, source=source, label=label, tokens=tokens,
                                rescore=rescore if compressed else None)  # fmt: skip
 
     def search(self, queries: str | os.PathLike[str] | Sequence[str | tuple[str, str]], *, k: int = 10,
@@ -345,13 +347,14 @@ class Curation:
         return shown_progress(what, shown=self._shown)
 
     def _attribute(self, rows: Sequence[CanonicalRow], *, k: int, bottom: bool, version: int | None,
-                   source: str | None, label: str | None, rescore: int | None) -> Attributions:  # fmt: skip
+                   source: str | None, label: str | None, rescore: int | None,
+                   tokens: bool = False) -> Attributions:  # fmt: skip
         if k < 1:
             raise ConfigError(f"k is {k}; it must be 1 or more")
         only = RowFilter.parse(source=source, label=label)
         with self._progress("search") as progress:
             found = attribute(self.store, self.config, rows, k=k, version=version, only=only, rescore=rescore,
-                              progress=progress)  # fmt: skip
+                              tokens=tokens, progress=progress)  # fmt: skip
         return Attributions(tuple(found), bottom)
 
     def _query(self, number: int, query: str | tuple[str, str]) -> CanonicalRow:

@@ -28,13 +28,16 @@ def attribute_queries(
     label: str | None,
     version: int | None,
     rescore: int | None,
+    tokens: bool = False,
 ) -> Json:
     """Find the top and bottom rows of each query and store them under the hash of the answer."""
     store = Store(store_uri)
     rows = ad_hoc_queries(config, queries=queries, text=text, prompt=prompt)
     only = RowFilter.parse(source=source, label=label)
     number = open_corpus(store, config, number=version).version
-    found = attribute(store, config, rows, k=k, version=number, only=only, rescore=rescore, progress=stage_progress())
+    found = attribute(
+        store, config, rows, k=k, version=number, only=only, rescore=rescore, tokens=tokens, progress=stage_progress()
+    )
     answer = [attribution.to_json(bottom=True) for attribution in found]
     corpus = {"name": config.corpus.name, "version": number}
     document = {"format_version": 1, "k": k, "corpus": corpus, "queries": answer}

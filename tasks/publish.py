@@ -10,9 +10,10 @@ from rise_ops.evaluation import evaluate_run
 from rise_ops.examples import write_examples
 from rise_ops.export import export_rows
 from rise_ops.parts import cut_parts
+from rise_ops.session import open_signer
 from rise_ops.store import Store
 from tasks.assets import asset_of, materialised
-from tasks.policy import S3, Json, stage
+from tasks.policy import GPU, S3, Json, stage
 from tasks.progress import stage_progress
 
 
@@ -55,7 +56,7 @@ def evaluate_targets(
     return {"evaluation": evaluate_run(store, corpus, blocks, targets, cut_parts(valuation, blocks))}
 
 
-@stage("examples")
+@stage("examples", tags=[GPU, S3])
 def collect_examples(
     store_uri: str,
     config: CurationConfig,
@@ -66,7 +67,7 @@ def collect_examples(
     run_id: str,
     evaluation: Json | None,
 ) -> Json:
-    """Best and worst rows, and what the queries attribute to, with their texts."""
+    """Rows to judge the selection by, and what the queries attribute to, by tokens where the model opens."""
     store = Store(store_uri)
     key = write_examples(
         store,
@@ -76,5 +77,6 @@ def collect_examples(
         targets=targets,
         parts=cut_parts(valuation, blocks),
         evaluation=evaluation,
+        signer=lambda: open_signer(store, config),
     )
     return {"outputs": [key]}
