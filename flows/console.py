@@ -22,6 +22,7 @@ Listener = Callable[[str, int, int | None], None]
 _OUT = Console()
 _ERR = Console(stderr=True)
 _PREVIEW = 160
+_TOKENS_NAMED = 8
 _LISTED = 5
 """Rows and objects shown of many."""
 _WHOLE = ("run_id", "score")
@@ -198,6 +199,9 @@ def show_attribution(found: Sequence[Json]) -> None:
         _OUT.print(_hits("rows that made it likelier", item["hits"]))
         if "bottom" in item:
             _OUT.print(_hits("rows that made it less likely", item["bottom"]))
+        for hit in (*item["hits"], *item.get("bottom", ())):
+            if "tokens" in hit:
+                _show_tokens(item["query"], hit)
 
 
 def show_evaluation(found: Any) -> None:
@@ -418,6 +422,45 @@ def _hits(title: str, hits: Sequence[Json]) -> Table:
             f"{hit['score']:+.4f}", plain(f"{hit['source_uri']}:{hit['source_row']}", width=60), plain(hit["text"])
         )
     return table
+
+
+def _show_tokens(query: str, hit: Json) -> None:
+    """The strongest tokens of a hit and of its query: marked where they stand, and listed with their parts."""
+    from rise_ops.token_influence import TOLERANCE
+
+    place = plain(f"{hit['source_uri']}:{hit['source_row']}", width=60)
+    _OUT.print(f"[bold]{hit['score']:+.4f}[/bold] {place}")
+    for name, text, tokens in (("row", hit["text"], hit["tokens"]), ("query", query, hit["query_tokens"])):
+        strongest = sorted(tokens, key=lambda token: -abs(token["score"]))[:_TOKENS_NAMED]
+        parts = [f"{plain(token['text'].strip() or '␣', width=24)} {token['score']:+.4f}" for token in strongest]
+        _OUT.print(f"  {name:>5}: {_marked(text, strongest)}")
+        _OUT.print(f"         {'   '.join(parts)}", style="dim")
+    if hit["tokens_gap"] > TOLERANCE:
+        _OUT.print(
+            f"  [yellow]the tokens' parts add up to another score, {hit['tokens_gap']:.4f} off: the model computes "
+            "differently here, or in 16-bit[/yellow]"
+        )
+
+
+def _marked(text: str, tokens: Sequence[Json]) -> str:
+    """The beginning of a text with these tokens highlighted, from a little before the first that counts."""
+    placed = sorted((token for token in tokens if token["end"] > token["start"]), key=lambda token: token["start"])
+    first = max(0, placed[0]["start"] - _PREVIEW // 4) if placed else 0
+    last = first + _PREVIEW
+    shown, at = ["…" if first else ""], first
+    for token in placed:
+        if token["end"] <= last:
+            style = "black on green" if token["score"] > 0 else "black on red"
+            shown += [_inline(text[at : token["start"]]), f"[{style}]{_inline(text[token['start'] : token['end']])}[/]"]
+            at = token["end"]
+    return "".join((*shown, _inline(text[at:last]), "…" if len(text) > last else ""))
+
+
+def _inline(text: str) -> str:
+    """As `plain`, with the spaces at either end of a part of a line."""
+    inner = plain(text, width=len(text) + 1)
+    before, after = (" " if text[:1].isspace() else ""), (" " if inner and text[-1:].isspace() else "")
+    return f"{before}{inner}{after}"
 
 
 def _show_figures(title: str, figures: Json) -> None:
