@@ -20,7 +20,7 @@ from tasks.progress import Tracker
 from tasks.publish import collect_examples, evaluate_targets, export_kept
 from tasks.recording import Recorder
 from tasks.tune import choose_sketch
-from tasks.value import plan_value, select_rows, sign_queries, value_blocks
+from tasks.value import plan_value, select_rows, sign_queries, stability, value_blocks
 
 Json = dict[str, Any]
 Runner = Dispatcher
@@ -179,10 +179,13 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
         stage.read(valuation_folder(valued["valuation"]), rows=corpus["rows"])
         stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
         stage.wrote(selection["outputs"][0], rows=selection["rows"])
+        measuring = {"config": config, "run_id": run.run_id, "rows": selection["rows"]}
+        (measured,) = run_all(runner, stability, [measuring], store_uri=config.store)
     run.record["selection"] = {
         "keep": config.selection.keep.model_dump(exclude_none=True),
         "reasons": selection["reasons"],
         "steps": selection["steps"],
+        "stability": measured["stability"],
     }
     run.counts |= {"rows_kept": selection["kept"], "tokens_kept": selection["tokens_kept"]}
     return {"targets": targets, **scores}

@@ -260,6 +260,8 @@ def _listed(columns: Mapping[str, str]) -> dict[str, str]:
 def _columns(item: Item, known: Known) -> Columns:
     """Columns of a dataset and their types; none where they are not known."""
     scores = {f"score_{name}": "float32" for name in known.config.targets}
+    if known.config.aggregate != "rrf":
+        scores |= {f"error_{name}": "float32" for name in known.config.targets}
     place = {"block_id": "string", "block_row": "uint32"}
     signature = {"signature": f"float16[{known.config.sketch.dim}]", "tokens": "int32", "chunks": "int32"}
     match item.kind:
@@ -273,8 +275,18 @@ def _columns(item: Item, known: Known) -> Columns:
         case "scores":
             return {"block": "uint32", **place, "doc_id": "string", "tokens": "int32", "chunks": "int32", **scores}
         case "decisions":
-            fate = {"value": "float32", "rank": "uint32", "kept": "bool", "reason": "string"}
-            return {"doc_id": "string", **place, **_PLACES, "tokens": "int32", **scores, **fate}
+            value = {"value": "float32", "value_error": "float32", "rank": "uint32"}
+            fate = {"kept": "bool", "reason": "string", "rule": "string", "duplicate_of": "string"}
+            return {
+                "doc_id": "string",
+                **place,
+                **_PLACES,
+                "tokens": "int32",
+                "label": "string",
+                **scores,
+                **value,
+                **fate,
+            }
         case "export":
             return exported_columns(_listed(known.fields)) if known.fields else {}
     return {}
@@ -348,6 +360,8 @@ def _score_edges(known: Known, of: Mapping[str, list[Item]]) -> dict[str, list[E
             edges[f"score_{name}"] = [
                 Edge(each, "signature", "AGGREGATION", description=how) for each in (index, *mine)
             ]
+            if known.config.aggregate != "rrf":
+                edges[f"error_{name}"] = [Edge(each, "signature", "AGGREGATION") for each in (index, *mine)]
     return edges
 
 
@@ -368,7 +382,10 @@ def _decision_edges(known: Known, of: Mapping[str, list[Item]]) -> dict[str, lis
             Edge(scores, "tokens", "CONDITIONAL", "INDIRECT"),
         ]
         rank = [Edge(scores, f"score_{name}", "SORT", "INDIRECT") for name in weighted]
-        edges |= {"value": value, "rank": rank, "kept": fate, "reason": fate}
+        error = [
+            Edge(scores, f"error_{name}", "TRANSFORMATION") for name in weighted if known.config.aggregate != "rrf"
+        ]
+        edges |= {"value": value, "value_error": error, "rank": rank, **dict.fromkeys(("kept", "reason", "rule"), fate)}
     return edges
 
 

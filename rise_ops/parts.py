@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from rise_ops.hashing import fingerprint
 from rise_ops.store import Store
 
-SCORES_FORMAT = 1
+SCORES_FORMAT = 2
 """Raised when the same blocks and targets would give other files."""
 MAX_BLOCKS = 8
 

@@ -122,9 +122,13 @@ class _Scorer:
 
 
 def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries: Float32Array, *,
-                 extremes: Extremes | None = None, memory: ScanMemory = DEFAULT_MEMORY,
-                 progress: Progress = silent) -> Iterator[ScoredRows]:  # fmt: skip
-    """Score blocks one by one, feeding `extremes` with the rows that have a signature; `progress` counts rows."""
+                 extremes: Extremes | None = None, ranked: int | None = None,
+                 memory: ScanMemory = DEFAULT_MEMORY, progress: Progress = silent,
+                 ) -> Iterator[ScoredRows]:  # fmt: skip
+    """Score blocks one by one, feeding `extremes` with the rows that have a signature; `progress` counts rows.
+
+    `ranked`: so many of the first queries are for `extremes`; all where None.
+    """
     records = list(read_records(store, identity, block_ids).values())
     counts: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
     done = 0
@@ -137,7 +141,8 @@ def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries:
         if extremes is not None:
             usable = np.flatnonzero(chunks > 0)
             ordinals = (position << BLOCK_SHIFT) + start + usable.astype(np.int64)
-            extremes.add(scores if len(usable) == len(scores) else scores[usable], ordinals)
+            own = scores[:, :ranked]
+            extremes.add(own if len(usable) == len(scores) else own[usable], ordinals)
         yield ScoredRows(record, position, start, scores, tokens, chunks)
         done += len(scores)
         progress(done, None)

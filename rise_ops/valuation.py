@@ -1,16 +1,17 @@
 """Valuation: scores of every row on every target, written part by part.
 
     <part_id>.parquet            block (position in the part), block_id, block_row, doc_id, tokens, chunks, one
-                                 `score_<target>` a target; one row group a block
+                                 `score_<target>` and `error_<target>` a target; one row group a block
     <part_id>.extremes.parquet   target, query, side (top | bottom), rank (in this part), block, block_row, score;
                                  some queries a row group
 
 Where they are and what a part is says `rise_ops.parts`. Readers add the position of the part's first block.
 
-The queries of a target combine by `aggregate`: `mean` or `max` of their scores, or `rrf`, reciprocal-rank
-fusion: Σ_q 1 / (60 + rank_q(x)) (Cormack, Clarke and Büttcher, SIGIR 2009) over each query's 10,000 best
-rows; a row outside them gets nothing from that query. Ranks need the whole corpus, so with `rrf` the
-parts hold no scores; `iter_part_scores` merges the extremes first.
+The queries of a target combine by `aggregate`: `mean` or `max` of their scores, `top-N`, the mean of the N highest, or
+`rrf`, reciprocal-rank fusion: Σ_q 1 / (60 + rank_q(x)) (Cormack, Clarke and Büttcher, SIGIR 2009) over each query's
+10,000 best rows; a row outside them gets nothing from that query. Ranks need the whole corpus, so with `rrf` the parts
+hold no scores; `iter_part_scores` merges the extremes first. Errors are those of `rise_ops.uncertainty`; with `rrf`
+there are none.
 
 A row too short to predict a token (`chunks` 0) has null scores.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ import polars as pl
 
 from rise_ops.blocks import read_doc_ids
 from rise_ops.checksums import stored_crc32c
+from rise_ops.config import SketchConfig
 from rise_ops.counters import count
 from rise_ops.errors import DamagedError, MissingObjectError
 from rise_ops.memory import EXTREMES, RRF_DEPTH, value_memory
@@ -38,8 +40,10 @@ from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_table
 from rise_ops.targets import Target
+from rise_ops.uncertainty import SHIFTS, noise_queries, standard_errors
 
-Aggregate = Literal["mean", "max", "rrf"]
+Aggregate = str
+"""mean, max, rrf, or top-N."""
 
 RRF_CONSTANT = 60
 
@@ -51,7 +55,7 @@ _logger = logging.getLogger(__name__)
 
 
 def score_parts(store: Store, identity: str, parts: Sequence[Part], *, targets: Mapping[str, Target],
-                aggregate: Aggregate, memory: int, tasks: int = 1, k: int = EXTREMES,
+                aggregate: Aggregate, sketch: SketchConfig, memory: int, tasks: int = 1, k: int = EXTREMES,
                 progress: Progress = silent) -> int:  # fmt: skip
     """Score the blocks of parts against all targets and store each part. Returns the number of rows.
 
@@ -59,6 +63,8 @@ def score_parts(store: Store, identity: str, parts: Sequence[Part], *, targets: 
     ----------
     identity
         The index.
+    sketch
+        Its sketch: what lies where in a signature.
     memory
         Bytes that scoring may take.
     tasks
@@ -77,13 +83,17 @@ def score_parts(store: Store, identity: str, parts: Sequence[Part], *, targets: 
     """
     signatures = [target.signature for target in targets.values()]
     queries, dim = sum(map(len, signatures)), signatures[0].shape[1]
-    plan = value_memory(memory, queries=queries, dim=dim, aggregate=aggregate, extremes=k, tasks=tasks)
+    if aggregate != "rrf":
+        signatures += [noise_queries(each, sketch, aggregate) for each in signatures]
+    columns = sum(map(len, signatures))
+    plan = value_memory(memory, queries=columns, dim=dim, aggregate=aggregate, extremes=k, tasks=tasks)
     _logger.info("%s", plan.plan.text)
     stacked = signatures[0] if len(signatures) == 1 else np.concatenate(signatures)
     rows = 0
     for part in parts:
         extremes = Extremes(max(k, RRF_DEPTH) if aggregate == "rrf" else k, k_bottom=k)
-        blocks = score_blocks(store, identity, part.blocks, stacked, extremes=extremes, memory=plan.scan,
+        blocks = score_blocks(store, identity, part.blocks, stacked, extremes=extremes, ranked=queries,
+                              memory=plan.scan,
                               progress=lambda done, _, before=rows: progress(before + done, None))  # type: ignore[misc]  # fmt: skip
         rows += _write_part(store, part, blocks, extremes, targets, aggregate)
     return rows
@@ -128,18 +138,30 @@ def _block_frame(store: Store, position: int, block_id: str, pieces: Sequence[Ma
             **columns,
         }
     )
-    scores = [name for name in columns if name.startswith("score_")]
+    scores = [name for name in columns if name.startswith(("score_", "error_"))]
     return frame.with_columns(pl.when(pl.col("chunks") > 0).then(pl.col(name)).alias(name) for name in scores)
 
 
 def _aggregate(scores: Float32Array, targets: Mapping[str, Target], aggregate: Aggregate) -> dict[str, Float32Array]:
+    """Scores and errors of each target, from the scores of all queries and, after them, of the shifted ones."""
     columns = {}
-    start = 0
+    start, noise = 0, sum(len(target.queries) for target in targets.values())
     for name, target in targets.items():
         mine = scores[:, start : start + len(target.queries)]
-        start += len(target.queries)
-        columns[f"score_{name}"] = mine.mean(axis=1) if aggregate == "mean" else mine.max(axis=1)
+        columns[f"score_{name}"] = _combined(mine, aggregate)
+        columns[f"error_{name}"] = standard_errors(scores[:, noise : noise + 2 * SHIFTS])
+        start, noise = start + len(target.queries), noise + 2 * SHIFTS
     return columns
+
+
+def _combined(scores: Float32Array, aggregate: Aggregate) -> Float32Array:
+    """One score a row, [rows, queries] → [rows]."""
+    if aggregate == "mean":
+        return np.asarray(scores.mean(axis=1))
+    if aggregate == "max":
+        return np.asarray(scores.max(axis=1))
+    best = min(scores.shape[1], int(aggregate.removeprefix("top-")))
+    return np.asarray(-np.partition(-scores, best - 1, axis=1)[:, :best].mean(axis=1))
 
 
 def extremes_frames(extremes: Extremes, targets: Mapping[str, Target]) -> Iterator[pl.DataFrame]:
@@ -227,14 +249,15 @@ def iter_part_scores(store: Store, parts: Sequence[Part], targets: Sequence[str]
                      rows: int) -> Iterator[pl.DataFrame]:  # fmt: skip
     """All rows with their scores, in the order of the parts, at most about `rows` at a time.
 
-    Columns: block (position in the corpus), block_id, block_row, doc_id, tokens, chunks and the scores.
+    Columns: block (position in the corpus), block_id, block_row, doc_id, tokens, chunks, the scores and, except with
+    rrf, their errors.
     """
     scores = [f"score_{name}" for name in targets]
     columns = ["block", "block_id", "block_row", "doc_id", "tokens", "chunks"]
     fusion = _Fusion(store, parts, targets) if aggregate == "rrf" else None
     for part in parts:
         check_part(store, part)
-        wanted = columns if fusion else [*columns, *scores]
+        wanted = columns if fusion else [*columns, *scores, *(f"error_{name}" for name in targets)]
         for frame in _gathered(iter_table(store, part.scores, columns=wanted, rows=rows, known=SCORES_FORMAT), rows):
             placed = frame.with_columns(pl.col("block") + pl.lit(part.first_block, pl.UInt32))
             yield placed if fusion is None else fusion.join(placed, scores)

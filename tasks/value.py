@@ -10,6 +10,7 @@ from rise_ops.memory import task_limits
 from rise_ops.parts import cut_parts, missing_parts, valuation_id
 from rise_ops.selection import decide, decisions_key
 from rise_ops.session import open_target
+from rise_ops.stability import measure_stability
 from rise_ops.store import Store
 from rise_ops.targets import read_target
 from rise_ops.valuation import score_parts
@@ -61,6 +62,7 @@ def value_blocks(
         cut_parts(valuation, blocks),
         targets={name: read_target(store, target) for name, target in targets.items()},
         aggregate=config.aggregate,
+        sketch=config.sketch,
         memory=int(task_limits(config).memory),
         tasks=config.runner.workers,
         progress=stage_progress(),
@@ -95,3 +97,9 @@ def select_rows(
         progress=stage_progress(),
     )
     return {**asdict(selection), "outputs": [decisions_key(run_id)]}
+
+
+@stage("stability")
+def stability(store_uri: str, config: CurationConfig, run_id: str, rows: int) -> Json:
+    """Would an independent sketch keep the same rows?"""
+    return {"stability": measure_stability(Store(store_uri), run_id, rows=rows, sketch=config.sketch)}

@@ -30,7 +30,7 @@ from rise_ops.store import Store
 from rise_ops.targets import read_target
 from rise_ops.valuation import score_parts as score
 from tests.corpora import NO_LIMITS, corpus_of, ingest_all, listed, make_rows, write_as
-from tests.indexed import DIM, INDEX, Indexed, index_corpus, make_target, score_parts, signed, store_target
+from tests.indexed import DIM, INDEX, SKETCH, Indexed, index_corpus, make_target, score_parts, signed, store_target
 
 LIMITS = LimitsConfig(bad_rows=1_000_000)
 MEMORY = 2**30
@@ -147,7 +147,7 @@ def value_stage(world: World) -> Made:
     store = Store(world.store)
     part = part_of(uuid.uuid4().hex, world.indexed.blocks, 0)
     targets = {"good": read_target(store, world.target)}
-    score(store, INDEX, [part], targets=targets, aggregate="mean", memory=MEMORY)
+    score(store, INDEX, [part], targets=targets, aggregate="mean", sketch=SKETCH, memory=MEMORY)
     return Made(store.uri, (part.scores, part.extremes))
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from rise_ops import valuation
-from rise_ops.config import CorpusConfig
+from rise_ops.config import CorpusConfig, SketchConfig
 from rise_ops.corpus import CorpusVersion, read_block
 from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.index import checksums, write_block, write_signatures
@@ -27,6 +27,8 @@ from tests.corpora import corpus_of, ingest_all, write_as
 
 INDEX = "1" * 64
 DIM = 32
+SKETCH = SketchConfig(dim_r=4, dim_h=4, dim_g=4)
+"""Whose signatures have this length."""
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -117,7 +119,8 @@ def score_parts(indexed: Indexed, targets: Mapping[str, Target], *, aggregate: A
     """Score all blocks, `size` of them a part, as the valuation `run_id`."""
     firsts = range(0, len(indexed.blocks), size)
     parts = [part_of(fingerprint(run_id), indexed.blocks[first : first + size], first) for first in firsts]
-    valuation.score_parts(indexed.store, INDEX, parts, targets=targets, aggregate=aggregate, memory=2**30)
+    valuation.score_parts(indexed.store, INDEX, parts, targets=targets, aggregate=aggregate, sketch=SKETCH,
+                          memory=2**30)  # fmt: skip
     return parts
 
 

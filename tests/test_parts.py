@@ -18,7 +18,7 @@ from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_table
 from rise_ops.valuation import extremes_frames, iter_part_scores, score_parts
 from tests.corpora import make_rows
-from tests.indexed import INDEX, Indexed, index_rows, make_target
+from tests.indexed import INDEX, SKETCH, Indexed, index_rows, make_target
 
 VALUATION = "a" * 64
 TARGETS = {"good": make_target(3)}
@@ -84,7 +84,7 @@ def indexed(tmp_path: Path) -> Indexed:
 
 
 def _score(indexed: Indexed, parts: list[Part]) -> int:
-    return score_parts(indexed.store, INDEX, parts, targets=TARGETS, aggregate="mean", memory=2**30)
+    return score_parts(indexed.store, INDEX, parts, targets=TARGETS, aggregate="mean", sketch=SKETCH, memory=2**30)
 
 
 def test_a_part_is_there_when_both_files_are(indexed: Indexed) -> None:

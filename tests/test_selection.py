@@ -99,6 +99,7 @@ def test_columns_and_types(indexed: Indexed) -> None:
         "tokens": pl.Int32,
         "label": pl.String,
         "score_good": pl.Float32,
+        "error_good": pl.Float32,
         "value": pl.Float32,
         "value_error": pl.Float32,
         "rank": pl.UInt32,

@@ -13,9 +13,10 @@ from rise_ops import valuation
 from rise_ops.config import KeepConfig, SelectionConfig
 from rise_ops.selection import decide, decisions_key
 from rise_ops.store import Store
-from rise_ops.valuation import Aggregate, read_extremes
+from rise_ops.uncertainty import noise_queries, standard_errors
+from rise_ops.valuation import Aggregate, iter_part_scores, read_extremes
 from tests.corpora import make_rows
-from tests.indexed import Indexed, index_rows, make_target, score_parts
+from tests.indexed import SKETCH, Indexed, index_rows, make_target, score_parts
 
 SILENT = 2
 TARGETS = {"good": make_target(5, seed=1), "bad": make_target(3, seed=2)}
@@ -136,3 +137,21 @@ def test_names_of_columns_are_good_names_of_targets(tmp_path: Path) -> None:
     frame = indexed.store.scan_parquet([decisions_key("run")]).collect()
     total = frame["score_block"] + frame["score_block_row"] + frame["score_rank"]
     np.testing.assert_allclose(total, frame["value"], atol=1e-6)
+
+
+def test_errors_stand_beside_scores_and_top_n_is_a_mean_of_the_best(indexed: Indexed) -> None:
+    run_id = "top-2"
+    parts = score_parts(indexed, TARGETS, aggregate="top-2", run_id=run_id, size=2)
+    frame = pl.concat(iter_part_scores(indexed.store, parts, list(TARGETS), "top-2", rows=10_000))
+    usable = frame["chunks"].to_numpy() > 0
+    for name, target in TARGETS.items():
+        scores = np.sort(indexed.matrix @ target.signature.T, axis=1)[:, -2:].mean(axis=1)
+        np.testing.assert_allclose(frame[f"score_{name}"].to_numpy()[usable], scores[usable], atol=1e-5)
+        products = indexed.matrix @ noise_queries(target.signature, SKETCH, "top-2").T
+        np.testing.assert_allclose(
+            frame[f"error_{name}"].to_numpy()[usable], standard_errors(products)[usable], atol=1e-5
+        )
+    silent = frame.filter(pl.col("chunks") == 0).select(
+        f"{kind}_{name}" for kind in ("score", "error") for name in TARGETS
+    )
+    assert silent.height and silent.null_count().row(0) == (silent.height,) * silent.width

@@ -229,7 +229,8 @@ def _value(store: Store, setting: Setting) -> Callable[[], Any]:
 
     def value() -> None:
         parts = cut_parts(INDEX, _blocks(store, setting))
-        score_parts(store, INDEX, parts, targets=targets, aggregate=setting.config.aggregate, memory=setting.memory)
+        score_parts(store, INDEX, parts, targets=targets, aggregate=setting.config.aggregate,
+                    sketch=setting.config.sketch, memory=setting.memory)  # fmt: skip
 
     return value
 

@@ -136,7 +136,8 @@ def _curate_plainly(path: Path, _: str) -> None:
     ids = {name: target.target_id for name, target in targets.items()}
     cut = parts.cut_parts(parts.valuation_id(plan.index_id, ids, config.aggregate), plan.blocks)
     missing = parts.missing_parts(store, cut)
-    score_parts(store, plan.index_id, missing, targets=targets, aggregate=config.aggregate, memory=memory, tasks=1)
+    score_parts(store, plan.index_id, missing, targets=targets, aggregate=config.aggregate, sketch=config.sketch,
+                memory=memory)  # fmt: skip
     chosen = selection.decide(
         store, version, run_id=run_id, parts=cut, weights=config.weights, targets=list(config.targets),
         aggregate=config.aggregate, selection=config.selection, memory=memory,
