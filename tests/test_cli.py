@@ -249,6 +249,24 @@ def test_attribute_finds_rows_and_where_they_stand(finished: Path, curate: Curat
     assert all(len(item["bottom"]) == 10 for item in with_bottom.json)
 
 
+def test_attribute_says_which_tokens_carry_a_score(finished: Path, curate: Curate) -> None:
+    asked = ("attribute", str(finished), "--text", "Arr, ye be welcome!", "--prompt", "Hello.", "-k", "2", "--tokens")
+    (found,) = curate(*asked, "--json").json
+    for hit in found["hits"]:
+        for tokens in (hit["tokens"], hit["query_tokens"]):
+            assert set(tokens[0]) == {"text", "start", "end", "score"}
+            assert abs(sum(token["score"] for token in tokens) - hit["score"]) <= 2e-3
+        assert hit["tokens_gap"] <= 2e-3
+        assert all(token["score"] == 0 for token in hit["query_tokens"] if token["end"] <= len("Hello."))
+    assert "query:" in curate(*asked).out
+    (examples,) = (finished.parent / "store" / "runs").glob("*/examples.json")
+    for query in json.loads(examples.read_text(encoding="utf-8"))["queries"]:
+        for hit in (*query["top"], *query["bottom"]):
+            total = sum(token["score"] for token in hit["tokens"]) + hit["tokens_beyond"]
+            assert abs(total - hit["score"]) <= 2e-3
+            assert all(hit["text"][token["start"] : token["end"]] == token["text"] for token in hit["tokens"])
+
+
 def test_attribute_wants_queries_or_a_text(finished: Path, curate: Curate) -> None:
     assert_one_screen(curate("attribute", str(finished)), code=2, words=["--queries", "--text"])
 
