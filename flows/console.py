@@ -429,16 +429,17 @@ def _show_tokens(query: str, hit: Json) -> None:
     from rise_ops.token_influence import TOLERANCE
 
     place = plain(f"{hit['source_uri']}:{hit['source_row']}", width=60)
-    _OUT.print(f"[bold]{hit['score']:+.4f}[/bold] {place}")
+    _OUT.print(f"[bold]{hit['score']:+.4f}[/bold] {place}", highlight=False)
     for name, text, tokens in (("row", hit["text"], hit["tokens"]), ("query", query, hit["query_tokens"])):
         strongest = sorted(tokens, key=lambda token: -abs(token["score"]))[:_TOKENS_NAMED]
         parts = [f"{plain(token['text'].strip() or '␣', width=24)} {token['score']:+.4f}" for token in strongest]
-        _OUT.print(f"  {name:>5}: {_marked(text, strongest)}")
-        _OUT.print(f"         {'   '.join(parts)}", style="dim")
+        _OUT.print(f"  {name:>5}: {_marked(text, strongest)}", highlight=False)
+        _OUT.print(f"         {'   '.join(parts)}", style="dim", highlight=False)
     if hit["tokens_gap"] > TOLERANCE:
         _OUT.print(
             f"  [yellow]the tokens' parts add up to another score, {hit['tokens_gap']:.4f} off: the model computes "
-            "differently here, or in 16-bit[/yellow]"
+            "differently here, or in 16-bit[/yellow]",
+            highlight=False,
         )
 
 
