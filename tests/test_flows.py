@@ -348,9 +348,10 @@ def test_workers_change_nothing_but_time(config_path: Path, tmp_path: Path) -> N
 def test_attribution_as_a_flow_stores_its_answer(config_path: Path) -> None:
     config = load(config_path)
     curate(config, "index")
-    found = attribute(config, text="Arr, ye be welcome aboard, matey!", k=3)
+    found = attribute(config, text="Arr, ye be welcome aboard, matey!", k=3, tokens=True)
     answer = Store(config.store).get_json(found["outputs"][0])
     assert len(answer["queries"][0]["hits"]) == 3
+    assert all(hit["tokens"] and hit["query_tokens"] for hit in answer["queries"][0]["hits"])
 
 
 @pytest.mark.s3
