@@ -68,4 +68,4 @@ def test_tasks_that_load_a_shared_resource_carry_its_tag() -> None:
     tasks = {each.name: each for module in modules for each in vars(module).values() if isinstance(each, Task)}
     tagged = {tag: {name for name, each in tasks.items() if tag in each.tags} for tag in (GPU, S3)}
     assert tagged[GPU] == {"open-model", "sketch", "target", "attribute", "tune", "examples"}
-    assert tagged[S3] == {"ingest", "sketch", "compress", "value", "export", "attribute", "verify"}
+    assert tagged[S3] == {"ingest", "sketch", "compress", "value", "export", "examples", "attribute", "verify"}
