@@ -57,6 +57,16 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 FIELDS = dict(fields(CurationConfig))
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        if len(keys) != len(set(keys)):
+            raise yaml.YAMLError("a key stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def test_every_key_is_in_the_reference_and_no_other() -> None:
     assert sorted(key.strip("`") for key, *_ in table(section("Configuration"))) == sorted(FIELDS)
 
@@ -75,8 +85,13 @@ def test_the_reference_has_the_defaults(key: str, default: str) -> None:
 
 def test_the_example_is_a_configuration() -> None:
     example, *sections = blocks("yaml")
-    for line in "".join(sections).splitlines():  # each a section that takes its place
-        parse_config({**yaml.safe_load(example), **yaml.safe_load(line)}, base=ROOT)
+    for block in sections:  # of sections that take their place: all together, or each line instead of the one above
+        try:
+            variants = [yaml.load(block, Loader=_StrictLoader)]
+        except yaml.YAMLError:
+            variants = [yaml.safe_load(line) for line in block.splitlines()]
+        for variant in variants:
+            parse_config({**yaml.safe_load(example), **variant}, base=ROOT)
     config = parse_config(yaml.safe_load(example), base=ROOT)
     assert config.weights == {"quality": 1.0, "junk": -1.0}
     assert Store(config.store).uri == "s3://team-curation/prod"
