@@ -1,10 +1,11 @@
 """How temperature and widths are chosen, on a sample of the corpus and without labels.
 
 `temperature: auto` takes the candidate at which the signatures of the sample have the largest effective rank
-(`rise_ops.sweep`). Measured with two models of 3 M parameters on three tasks (6 pairs; precision at 10 on 1,000 rows,
-`tests/benchmarks/tuning.py`): within one point of the best of nine candidates on 5 of 6, 6 points below it on one. A
-fixed 0.1 is within two points on 1 of 6 and up to 67 points below; a fixed 1.0 within two points on 5 of 6. Six pairs
-are few, and strong models were not among them: where rows have labels, `curate sweep --label` says what is best.
+(`rise_ops.sweep`). Measured with two models of 3 M parameters on three tasks (precision at 10 on 1,000 rows, against
+the best of nine candidates; `tests/benchmarks/tuning.py`): on one sample within 1 point on 5 of 6 pairs and 6 points
+below on the sixth; on another sample 1.4, 2.7 and 6.4 points below on the three pairs that were measured. A fixed 0.1
+was within 2 points on 1 of 6 and up to 67 points below, a fixed 1.0 within 2 points on 5 of 6. Six pairs are few, and
+strong models were not among them: where rows have labels, `curate sweep --label` says what is best.
 
 `dim: auto` takes the narrowest widths at which two sketches with independent tables agree to AGREEMENT. At temperature
 1 the same models agree to 0.73 to 0.77 at 24,576 numbers a row and to 0.64 to 0.69 at 8,192, which costs 0.2 to 4
