@@ -145,6 +145,7 @@ def _making(lineage: Mapping[str, Any], run_id: str) -> str:
         ("run", run_id),
         ("model", f"{escaped(model['name'])} ({short(model['fingerprint'])})"),
         ("sketch", escaped_whole(brief_yaml(sketch)) if sketch else ""),
+        ("chosen", escaped_whole(" ".join((lineage.get("tuning") or {}).get("why") or ()))),
         ("snapshot", corpus["snapshot_id"]),
         ("index", lineage["index_id"]),
         ("code", f"rise\\_ops {escaped(code['version'])}, commit {short(code['commit'])}" if code else ""),

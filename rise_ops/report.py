@@ -100,6 +100,7 @@ def render_report(store: Store, run_id: str) -> str:
         "steps": _steps(run, figures) if figures else [],
         "notices": notices(run, figures, rejected["total"] if rejected else 0),
         "reasons": REASONS,
+        "sketch": _sketch(run),
         "stability": (run.get("selection") or {}).get("stability"),
         "examples": examples,
         "queries": _queries(examples.get("queries") or []),
@@ -230,6 +231,12 @@ def _rejected(store: Store, run_id: str) -> Json | None:
         "classes": list(counted.iter_rows()),
         "rows": list(first.iter_rows(named=True)),
     }
+
+
+def _sketch(run: Json) -> Json:
+    """What the index was made with: what was chosen takes the place of what was configured."""
+    chosen = (run.get("tuning") or {}).get("chosen") or {}
+    return {**((run.get("config") or {}).get("sketch") or {}), **chosen}
 
 
 def _steps(run: Json, figures: DecisionFigures) -> list[Step]:

@@ -180,6 +180,14 @@ def strongest(tokens: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, flo
     return [(str(token["text"]).strip() or "␣", float(token["score"])) for token in ordered[:_NAMED]]
 
 
+def beyond(item: Mapping[str, Any], characters: int) -> float | None:
+    """What the part of a hit's text that is not shown carries, where that is a tenth of its score or more."""
+    rest = sum(float(token["score"]) for token in item.get("tokens") or () if int(token["start"]) >= characters)
+    rest += float(item.get("tokens_beyond") or 0.0)
+    score = item.get("score")
+    return rest if isinstance(score, int | float) and abs(rest) >= abs(score) / 10 and rest else None
+
+
 def summed(hits: Sequence[Mapping[str, Any]], name: str = "query_tokens") -> list[Json]:
     """Tokens of a query with their scores summed over its hits: what of the query drew these rows."""
     sums: dict[tuple[int, int], Json] = {}
@@ -205,6 +213,7 @@ FILTERS = {
     "words": words,
     "pieces": pieces,
     "strongest": strongest,
+    "beyond": beyond,
     "summed": summed,
     "brief": brief_yaml,
     "unprefixed": lambda uri, prefix: str(uri).removeprefix(prefix) or str(uri),

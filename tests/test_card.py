@@ -62,7 +62,7 @@ def test_the_front_matter_is_what_loaders_read(frame: pl.DataFrame) -> None:
 
 
 def test_the_card_has_the_essentials(frame: pl.DataFrame) -> None:
-    page = rendered(card(frame, lineage(frame)))
+    page = rendered(card(frame, lineage(frame, tuning={"why": ["temperature 1.5 agrees best"]})))
     plain = re.sub(r"<[^>]+>", " ", page)
     kept = frame.filter("kept")
     for told in (
@@ -70,7 +70,7 @@ def test_the_card_has_the_essentials(frame: pl.DataFrame) -> None:
         "+1 × helpful, −0.5 × junk", "aggregate top-5", "value at the cut", "± 0.0072",
         "selection.exclude[1] (target backdoor, top_rows 10)", "selection.near_duplicates (cosine 0.98, recall 0.99)",
         "would keep 94.1 % of these rows", "Reliability of the values: 0.985", "neox-3m", "e" * 64, "a" * 64, "run-7",
-        "temperature 1",
+        "temperature 1", "temperature 1.5 agrees best",
     ):  # fmt: skip
         assert told in plain, told
     headings = re.findall(r"<h2>(.*?)</h2>", page)

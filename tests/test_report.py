@@ -286,6 +286,26 @@ def test_a_page_of_100_000_rows_is_small_and_says_what_it_samples(whole: str) ->
     assert "A sample: 1,500 of 100,000 rows" in text and "A sample: 60 of the" in text
 
 
+def test_what_the_hidden_part_of_a_text_carries_is_told(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    tokens = [{"text": "x", "start": 0, "end": 1, "score": 0.1}, {"text": "y", "start": 700, "end": 701, "score": 0.2}]
+    found = hit("x" * 2_000, score=0.5, tokens=tokens, tokens_beyond=0.1, query_tokens=[])
+    query = {"target": "good", "query": "howdy", "prompt": None, "top": [found], "bottom": []}
+    store.create_json(f"runs/{RUN}/run.json", run_record())
+    store.create_json(f"runs/{RUN}/examples.json", {"format_version": 1, "queries": [query]})
+    assert "<span>behind the end +0.300</span>" in render_report(store, RUN)
+
+
+def test_a_chosen_sketch_takes_the_place_of_the_configured_one(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    tuning = {"tuning_id": "7", "chosen": {"temperature": 1.5, "dim_h": 96}, "why": ["directions agree", "wide enough"]}
+    record = run_record(tuning=tuning)
+    record["config"]["sketch"] |= {"dim_r": 128, "dim_h": 128, "dim_g": 64}
+    store.create_json(f"runs/{RUN}/run.json", record)
+    text = Page(render_report(store, RUN)).text
+    assert "widths r 128, h 96, g 64" in text and "1.5, chosen" in text and "directions agree" in text
+
+
 def test_a_page_full_of_long_texts_stays_below_a_megabyte(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     long, frame = "文" * 2_000, synthetic_decisions(2_000)
