@@ -90,6 +90,8 @@ def show_summary(config: Any, summary: Json) -> None:
     if summary.get("report"):
         table.add_row("report", plain(summary["report"]))
     _OUT.print(table)
+    if summary.get("selection"):
+        _show_selection("Selection", {**summary["selection"], "kept": summary["rows_kept"]})
     if summary.get("evaluation"):
         for name, figures in summary["evaluation"].items():
             _show_figures(f"Evaluation of target {name} by label", figures)
@@ -125,7 +127,11 @@ def show_plan(config: Any, plan: Json) -> None:
     table.add_row(
         "time to sketch", f"about {seconds:,.0f} s" if seconds is not None else plan["sketch_seconds_unknown"]
     )
+    if "selection" not in plan:
+        table.add_row("selection", plain(f"unknown: {plan['selection_unknown']}", width=400))
     _OUT.print(table)
+    if "selection" in plan:
+        _show_selection("Selection", plan["selection"])
 
 
 def _sketch_lines(sketch: Json) -> list[str]:
@@ -471,6 +477,18 @@ def _show_figures(title: str, figures: Json) -> None:
     for k, values in figures["top_k"].items():
         cells = [f"{values[name]:.3f}" if values[name] is not None else "–" for name in ("auprc", "auroc", "precision")]
         table.add_row(k, *cells)
+    _OUT.print(table)
+
+
+def _show_selection(title: str, found: Json) -> None:
+    """What each rule took, and what is left after it."""
+    steps = found["steps"]
+    left = found["kept"] + sum(step["rows"] for step in steps)
+    table = _table(f"{title}: {left:,} rows", "reason", "rule", "rows", "tokens", "left")
+    for step in steps:
+        left -= step["rows"]
+        counts = (f"{number:,}" for number in (step["rows"], step["tokens"], left))
+        table.add_row(step["reason"], plain(step["rule"] or "", width=100), *counts)
     _OUT.print(table)
 
 

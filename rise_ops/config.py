@@ -178,8 +178,9 @@ class ExcludeConfig(_Config):
             try:
                 pl.Series([""]).str.contains(value)
             except pl.exceptions.PolarsError as error:
-                # the parser's message is several lines with a pointer below the expression
-                raise ValueError(f"not a regular expression: {' '.join(str(error).split())[:300]}") from None
+                # several lines, with a pointer below the expression, and with what Polars was doing
+                text = " ".join(str(error).partition("This error occurred")[0].split())
+                raise ValueError(f"not a regular expression: {text[:300]}") from None
         return value
 
     @model_validator(mode="after")

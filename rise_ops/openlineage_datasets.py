@@ -369,6 +369,10 @@ def _decision_edges(known: Known, of: Mapping[str, list[Item]]) -> dict[str, lis
     edges: dict[str, list[Edge]] = {}
     for corpus in of.get("corpus", []):
         edges |= {name: [Edge(corpus, name)] for name in _PLACES}
+        labels = known.config.selection.per_label
+        label = "label" if labels is None else labels.field
+        if label in (known.fields or ()):
+            edges["label"] = [Edge(corpus, f"meta.{label}")]
     for scores in of.get("scores", []):
         own = ("doc_id", "block_id", "block_row", "tokens", *(f"score_{name}" for name in known.config.targets))
         edges |= {name: [Edge(scores, name)] for name in own}
@@ -377,8 +381,9 @@ def _decision_edges(known: Known, of: Mapping[str, list[Item]]) -> dict[str, lis
             Edge(scores, f"score_{name}", "TRANSFORMATION", description=f"× {weight:g}")
             for name, weight in weighted.items()
         ]
+        deciding = dict.fromkeys([*weighted, *(rule.target for rule in known.config.selection.exclude if rule.target)])
         fate = [
-            *(Edge(scores, f"score_{name}", "CONDITIONAL", "INDIRECT") for name in weighted),
+            *(Edge(scores, f"score_{name}", "CONDITIONAL", "INDIRECT") for name in deciding),
             Edge(scores, "tokens", "CONDITIONAL", "INDIRECT"),
         ]
         rank = [Edge(scores, f"score_{name}", "SORT", "INDIRECT") for name in weighted]

@@ -4,7 +4,8 @@ Objects that are not in the current corpus version are read and cut into blocks 
 writing them, so rows and blocks are exact. Tokens are exact for what is indexed and estimated for the rest,
 from a sample of rows or from what is indexed. The time to sketch comes from the rate at which this index's
 blocks were computed before; where there are none, the sample is sketched, unless the model is on a hub
-(planning downloads nothing) or larger than `limits.memory`.
+(planning downloads nothing) or larger than `limits.memory`. What the selection would do is told where its scores are
+in the store (`rise_ops.selection_plan`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rise_ops.objects import BlockCount
 from rise_ops.preview import preview_corpus
 from rise_ops.readers import open_rows
 from rise_ops.rows import RowFault, canonical_row
+from rise_ops.selection_plan import preview_selection
 from rise_ops.session import open_signer, plan_stages
 from rise_ops.sources import SourceObject
 from rise_ops.store import Store
@@ -60,7 +62,7 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
 
     Raises
     ------
-    SourceError, ModelError, StoreError
+    SourceError, ModelError, StoreError, SelectionError
         What a run would also stumble over.
     """
     store = Store(config.store)
@@ -79,6 +81,7 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
     share = to_sketch / max(1, sum(missing.values()))
     cost = estimate(store, config, sources, list(seen.blocks.values()), done, earlier=earlier, share=share)
     stages = plan_stages(config, rows=seen.rows)
+    changed = bool(diff.objects.added or diff.objects.changed or diff.objects.removed)
     resting = BASE_BYTES + max(plan.bytes for name, plan in stages.items() if name != "sketch")
     return {
         "corpus": config.corpus.name,
@@ -97,6 +100,7 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
         "memory": as_json(stages),
         "sketch_seconds": cost.sketch_seconds,
         "sketch_seconds_unknown": cost.sketch_seconds_unknown,
+        **preview_selection(store, config, version, identity, changed=changed, missing=len(missing)),
     }
 
 

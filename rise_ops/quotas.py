@@ -559,9 +559,9 @@ def _reachable(partition: Partition, most: int, unit: Unit) -> int:
         low, high = (middle, high) if fluid(middle) >= middle else (low, middle - 1)
     if low == 0:
         raise SelectionError(
-            f"selection.per_{partition.kind}: the largest fractions of the {int((there > 0).sum()):,} "
-            f"{partition.kind}s that have rows left add up to {float(fluid(1)):.4g} of what is kept, so nothing can "
-            "be; raise max_fraction to 1 in all, or more"
+            f"selection.per_{partition.kind}: the largest fractions of all {partition.kind}s that have rows left "
+            f"({int((there > 0).sum()):,}) add up to {float(fluid(1)):.4g} of what is kept, so nothing can be; raise "
+            "max_fraction to 1 in all, or more"
         )
     return _fixed(parts, low) if unit == "rows" else low
 

@@ -125,7 +125,9 @@ class SourceGroups:
         numbers = {name: number for number, name in enumerate(names) if number}
         rules = _rules("source", quota, quota.groups, new_code)
         globs = list(quota.groups)
-        own = (next((1 + n for n, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), 0) for name in names[1:])
+        own = (
+            next((1 + n for n, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), 0) for name in names[1:]
+        )
         partition = Partition("source", names, rules, np.array([-1, *own], np.int64))
         return cls(partition, {uri: numbers[name] for uri, name in named.items()})
 

@@ -231,6 +231,7 @@ class Recorder:
             "index_id": self.record["index_id"],
             **{name: self.counts.get(name) for name in names},
             "diff": self.record.get("diff"),
+            "selection": self.record["selection"],
             "export": self.record["export"],
             "report": self.report,
             "seconds": self.record["seconds"],

@@ -354,22 +354,20 @@ def test_a_copied_row_is_a_near_duplicate_of_itself(world: World) -> None:
 
 
 def test_errors_of_scores_go_on_and_make_up_that_of_the_value(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, plain = _select(world, "errors-none")
-    assert plain["value_error"].null_count() == plain.height
-
-    def with_errors(*arguments: Any, **options: Any) -> Iterator[pl.DataFrame]:
-        for frame in iter_part_scores(*arguments, **options):
-            yield frame.with_columns(
-                (pl.col("tokens") / 1000).cast(pl.Float32).alias("error_good"),
-                (pl.col("tokens") / 500).cast(pl.Float32).alias("error_junk"),
-                pl.lit(None, pl.Float32).alias("error_backdoor"),
-            )
-
-    monkeypatch.setattr(selection, "iter_part_scores", with_errors)
-    _, frame = _select(world, "errors-some")
-    expected = np.sqrt((frame["tokens"] / 1000) ** 2 + (0.5 * frame["tokens"] / 500) ** 2)
-    np.testing.assert_allclose(frame["value_error"], expected, rtol=1e-6)
+    _, frame = _select(world, "errors")
+    expected = np.sqrt(frame["error_good"] ** 2 + (0.5 * frame["error_junk"]) ** 2)
+    assert expected.null_count() == frame["value"].null_count()
+    np.testing.assert_allclose(frame["value_error"].fill_null(0), expected.fill_null(0), rtol=1e-6)
     names = frame.columns
+
+    def without(*arguments: Any, **options: Any) -> Iterator[pl.DataFrame]:
+        for each in iter_part_scores(*arguments, **options):
+            yield each.drop("error_junk")
+
+    monkeypatch.setattr(selection, "iter_part_scores", without)
+    _, some = _select(world, "errors-of-some")
+    assert some["value_error"].null_count() == some.height
+    assert "error_junk" not in some.columns
     assert names[names.index("score_backdoor") + 1 : names.index("value")] == [
         "error_good", "error_junk", "error_backdoor"
     ]  # fmt: skip
@@ -418,7 +416,7 @@ def test_only_targets_to_exclude_by_leave_all_values_at_nothing(world: World) ->
             SelectionError,
             r"selection\.per_source\.min_rows asks for at least 200 rows of source '.*/books/'; 8\d are left",
         ),
-        ({"per_source": {"by": "folder", "max_fraction": 0.2}}, SelectionError, "3 sources that have rows left add"),
+        ({"per_source": {"by": "folder", "max_fraction": 0.2}}, SelectionError, r"rows left \(3\) add up to 0\.6"),
         ({"keep": {"fraction": 0.001}, "per_source": {"max_fraction": 0.5}}, SelectionError, "keeps none of 480 rows"),
     ],
 )  # fmt: skip

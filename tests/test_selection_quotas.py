@@ -312,7 +312,7 @@ def test_a_row_over_its_source_takes_nothing_of_its_label() -> None:
             Quota(max_fraction=0.3),
             {},
             (
-                "selection.per_label: the largest fractions of the 2 labels that have rows left add up to 0.6 of "
+                "selection.per_label: the largest fractions of all labels that have rows left (2) add up to 0.6 of "
                 "what is kept, so nothing can be; raise max_fraction to 1 in all, or more"
             ),
         ),
