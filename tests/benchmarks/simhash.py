@@ -46,6 +46,7 @@ from rise_ops.search import search
 from rise_ops.session import block_rows, open_indexed, open_target
 from rise_ops.signatures import RowSignatures
 from rise_ops.store import Store
+from rise_ops.tuning import settled
 
 INDEX = "0" * 64
 _BLOCK_ROWS = 4_096
@@ -89,7 +90,8 @@ def _recall(options: argparse.Namespace, scratch: Store) -> Table:
     if options.config:
         config = load_config(options.config, overrides=options.set)
         store = Store(config.store)
-        indexed = open_indexed(store, config)
+        config = settled(store, config)
+    indexed = open_indexed(store, config)
         for name in config.targets:
             target = open_target(store, config, indexed.index_id, name)
             sets.append((name, store, indexed.index_id, list(indexed.blocks), target.signature))
