@@ -186,6 +186,7 @@ def attribute(
             loaded,
             rows,
             k=k,
+            bottom=bottom,
             version=version,
             only=only,
             rescore=rescore if compressed else None,

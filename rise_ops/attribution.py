@@ -7,6 +7,7 @@ row of the index is scored, in one pass for all queries; or faster, over the cod
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,13 +31,15 @@ from rise_ops.session import open_indexed, open_queries, open_signer
 from rise_ops.signatures import Signer
 from rise_ops.store import Store
 from rise_ops.targets import Target
-from rise_ops.token_influence import Tokens, explain_scores
+from rise_ops.token_influence import GAP_CAUSES, TOLERANCE, Explained, Tokens, explain_scores
 from rise_ops.trunk import pick_device
 from rise_ops.tuning import settled
 
 _BLOCKS_AT_ONCE = 32
 _LOCATED = ("doc_id", "text", "source_uri", "source_row")
 _OF_HITS = ("doc_id", "score", "source_uri", "source_row", "text")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +82,14 @@ class Attribution:
 
 
 def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow], *, k: int,
-              version: int | None = None, only: RowFilter = EVERY_ROW, rescore: int | None = None,
+              bottom: bool = True, version: int | None = None, only: RowFilter = EVERY_ROW, rescore: int | None = None,
               tokens: bool = False, progress: Progress = silent) -> list[Attribution]:  # fmt: skip
     """The k most and least influential rows of the configured corpus, for each query.
 
     Parameters
     ----------
+    bottom
+        Find the least influential ones, too.
     version
         Version of the corpus; the current one where None.
     only
@@ -107,51 +112,74 @@ def attribute(store: Store, config: CurationConfig, rows: Sequence[CanonicalRow]
         target = open_queries(store, config, indexed.index_id, rows)
         codes = None if rescore is None else (config.simhash or SimHashConfig(), rescore)
         extremes = find_extremes(
-            store, indexed.index_id, indexed.blocks, {"queries": target}, k=k,
-            wanted=only.wanted(store, indexed.version), codes=codes, device=pick_device(config.model.device),
+            store, indexed.index_id, indexed.blocks, {"queries": target}, k=k, bottom=bottom,
+            wanted=only.wanted(store, indexed.version), codes=codes,
+            device="cpu" if codes is None else pick_device(config.model.device),
             memory=int(config.limits.memory), progress=progress,
         )  # fmt: skip
         found = explain(store, indexed.version, indexed.blocks, target, extremes, only=only)
         return with_tokens(found, target, signer=open_signer(store, config)) if tokens else found
 
 
-def with_tokens(found: Sequence[Attribution], target: Target, *, signer: Signer) -> list[Attribution]:
+def with_tokens(found: Sequence[Attribution], target: Target, *, signer: Signer,
+                longest: int | None = None) -> list[Attribution]:  # fmt: skip
     """The attributions of a target's queries, their hits with the influence of tokens.
+
+    Sums that are further from the scores than `rise_ops.token_influence.TOLERANCE` are logged as a warning.
+
+    Parameters
+    ----------
+    longest
+        Characters beyond which a row, or all rows of a query, go without.
 
     Raises
     ------
     ModelError, LimitError
         As `rise_ops.token_influence.explain_scores`.
     """
-    return [
-        replace(
-            attribution,
-            hits=_explained(attribution, attribution.hits, signature, signer),
-            bottom=_explained(attribution, attribution.bottom, signature, signer),
+
+    answer = [
+        _with_tokens(item, signature, signer=signer, longest=longest)
+        for item, signature in zip(found, target.signature, strict=True)
+    ]
+    gaps = [hit.tokens_gap for item in answer for hit in (*item.hits, *item.bottom) if hit.tokens_gap is not None]
+    wrong = sum(gap > TOLERANCE for gap in gaps)
+    if wrong:
+        _logger.warning(
+            "the tokens' parts add up to another score for %d of %d hits, %.4f off at most: %s",
+            wrong,
+            len(gaps),
+            max(gaps),
+            GAP_CAUSES,
         )
-        for attribution, signature in zip(found, target.signature, strict=True)
-    ]
+    return answer
 
 
-def _explained(
-    attribution: Attribution, hits: Sequence[Hit], signature: npt.NDArray[np.float32], signer: Signer
-) -> list[Hit]:
-    texts = [hit.text for hit in hits]
-    parts = explain_scores(signer, texts, query=attribution.query, prompt=attribution.prompt, signature=signature)
-    return [
-        replace(hit, tokens=part.tokens, query_tokens=part.query_tokens, tokens_gap=part.gap(hit.score))
-        for hit, part in zip(hits, parts, strict=True)
-    ]
+def _with_tokens(
+    item: Attribution, signature: npt.NDArray[np.float32], *, signer: Signer, longest: int | None
+) -> Attribution:
+    hits = [*item.hits, *item.bottom]
+    fits = [longest is None or max(len(hit.text), len(item.query)) <= longest for hit in hits]
+    texts = [hit.text for hit, fit in zip(hits, fits, strict=True) if fit]
+    parts = explain_scores(signer, texts, query=item.query, prompt=item.prompt, signature=signature)
+    told = [_told(hit, next(parts)) if fit else hit for hit, fit in zip(hits, fits, strict=True)]
+    return replace(item, hits=told[: len(item.hits)], bottom=told[len(item.hits) :])
+
+
+def _told(hit: Hit, part: Explained) -> Hit:
+    return replace(hit, tokens=part.tokens, query_tokens=part.query_tokens, tokens_gap=part.gap(hit.score))
 
 
 def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: Mapping[str, Target], *, k: int,
-                  wanted: Wanted | None = None, codes: tuple[SimHashConfig, int] | None = None,
+                  bottom: bool = True, wanted: Wanted | None = None, codes: tuple[SimHashConfig, int] | None = None,
                   device: torch.device | str = "cpu", memory: int | None = None,
                   progress: Progress = silent) -> pl.DataFrame:  # fmt: skip
     """The k highest and lowest rows of each query: target, query, side, rank, block, block_row, score.
 
     Parameters
     ----------
+    bottom
+        Find the lowest, too.
     wanted
         Rows that are searched; all where None.
     codes
@@ -167,14 +195,15 @@ def find_extremes(store: Store, identity: str, blocks: Sequence[str], targets: M
         So many queries do not fit in `memory`.
     """
     stacked = np.concatenate([target.signature for target in targets.values()])
+    k_bottom = k if bottom else 0
     if codes is not None:
         config, rescore = codes
-        ends = search_codes(store, identity, blocks, stacked, config, k=k, k_bottom=k, rescore=rescore, wanted=wanted,
-                            device=device, memory=memory or 2**30, progress=progress)  # fmt: skip
+        ends = search_codes(store, identity, blocks, stacked, config, k=k, k_bottom=k_bottom, rescore=rescore,
+                            wanted=wanted, device=device, memory=memory or 2**30, progress=progress)  # fmt: skip
     else:
         count, dim = stacked.shape
         plan = None if memory is None else value_memory(memory, queries=count, dim=dim, aggregate="mean", extremes=k)
-        ends = search(store, identity, blocks, stacked, k=k, k_bottom=k, wanted=wanted,
+        ends = search(store, identity, blocks, stacked, k=k, k_bottom=k_bottom, wanted=wanted,
                       memory=DEFAULT_MEMORY if plan is None else plan.scan, progress=progress)  # fmt: skip
     names = [name for name, target in targets.items() for _ in range(len(target.queries))]
     numbers = [number for target in targets.values() for number in range(len(target.queries))]

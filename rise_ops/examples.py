@@ -10,7 +10,7 @@ another budget would keep, in the order of the run; `dropped` the best rows that
 Texts are cut to TEXT_CHARACTERS; the whole text is in the block. Where the model could be opened, hits of queries have
 `tokens` and `query_tokens`, cut like their texts: `{text, start, end, score}`, parts of the hit's score
 (`rise_ops.token_influence`); `tokens_beyond` and `query_tokens_beyond` are the parts behind the cut, `tokens_gap` is
-how far the sums are from the score.
+how far the sums are from the score. Rows and queries of more than LONGEST characters go without.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rise_ops.signatures import Signer
 from rise_ops.store import Store
 from rise_ops.tables import iter_table
 from rise_ops.targets import Target, read_target
-from rise_ops.token_influence import Tokens, cut_tokens
+from rise_ops.token_influence import LONGEST, Tokens, cut_tokens
 from rise_ops.valuation import read_extremes
 
 FORMAT_VERSION = 1
@@ -91,7 +91,7 @@ def _with_tokens(found: list[Attribution], target: Target, signer: Callable[[], 
     if signer is None:
         return found
     try:
-        return with_tokens(found, target, signer=signer())
+        return with_tokens(found, target, signer=signer(), longest=LONGEST)
     except (ModelError, LimitError) as error:
         _logger.warning("examples go without the influence of tokens: %s", error)
         return found

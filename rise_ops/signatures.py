@@ -13,9 +13,9 @@ in 16-bit, and at low temperatures, single rows move more.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 _MAX_LOGIT_BYTES = {"cpu": 48 * 2**20, "cuda": 2**30}
 
 _logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,52 +226,57 @@ class Signer:
         return self._sign(encoded, chunks, progress=progress)
 
     def token_scores(
-        self, text: str, vectors: np.ndarray[Any, np.dtype[np.float32]], *, prompt: str | None = None
-    ) -> TokenScores:
-        """Split the inner products of a text's signature with vectors [K, dim] over its tokens.
+        self,
+        texts: Sequence[str],
+        vectors: np.ndarray[Any, np.dtype[np.float32]],
+        *,
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[TokenScores]:
+        """Split the inner products of each text's signature with vectors [K, dim] over the text's tokens.
+
+        Holds float64 [K, tokens] and float32 [dim] for each text; take few at a time.
 
         Parameters
         ----------
-        prompt
-            The beginning of the text that does not count, as for `queries`.
+        prompts
+            The beginning of each text that does not count, as for `queries`.
 
         Raises
         ------
         ModelError, LimitError
             As `rows`.
         """
-        (encoded,) = self.trunk.encode([text], offsets=True)
-        chunks = self._query_chunks(0, encoded, prompt)
-        scores = np.zeros((len(vectors), len(encoded.ids)), np.float64)
+        encoded = self.trunk.encode(texts, offsets=True)
+        prompts = prompts or [None] * len(texts)
+        chunks = [chunk for row, found in enumerate(encoded) for chunk in self._query_chunks(row, found, prompts[row])]
+        scores = [np.zeros((len(vectors), len(found.ids)), np.float64) for found in encoded]
         wanted = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.trunk.device)
-        total = torch.zeros(self.sketch.dim, device=self.trunk.device)
+        totals = torch.zeros(len(texts), self.sketch.dim, device=self.trunk.device)
         lengths = [len(chunk) for chunk in chunks]
         for batch in plan_batches(lengths, max_tokens=self.plan.tokens, max_chunks=self.plan.chunks):
-            start = 0
-            while start < len(batch):
-                part = [chunks[index] for index in batch[start : start + self._max_chunks]]
-                try:
-                    found, signatures = self._chunk_contributions(part, encoded, wanted)
-                except torch.OutOfMemoryError as error:
-                    self._halve(part, error)
-                    continue
+            todo = [chunks[index] for index in batch]
+            computed = self._in_parts(todo, lambda part: self._chunk_contributions(part, encoded, wanted))
+            for part, (found, signatures) in computed:
                 for chunk, shares in zip(part, found, strict=True):
-                    scores[:, chunk.start + 1 : chunk.stop] += shares[:, : len(chunk) - 1]
-                total += signatures.sum(0)
-                start += len(part)
-        norm = max(float(torch.linalg.vector_norm(total)), _FLOOR)
-        if not np.isfinite(scores).all() or not np.isfinite(norm):
+                    scores[chunk.row][:, chunk.start + 1 : chunk.stop] += shares[:, : len(chunk) - 1]
+                totals.index_add_(0, torch.tensor([chunk.row for chunk in part], device=totals.device), signatures)
+        norms = torch.linalg.vector_norm(totals, dim=1, keepdim=True).clamp_min(_FLOOR)
+        if not all(np.isfinite(each).all() for each in scores) or not bool(norms.isfinite().all()):
             raise ModelError("a text has no finite signature: the model overflows; set model.dtype to float32")
-        return TokenScores(encoded, scores / norm, (total / norm).half().float().cpu().numpy())
+        rounded = (totals / norms).half().float().cpu().numpy()
+        return [
+            TokenScores(found, each / norm, signature)
+            for found, each, norm, signature in zip(encoded, scores, norms.cpu().double().numpy(), rounded, strict=True)
+        ]
 
     @torch.inference_mode()
     def _chunk_contributions(
-        self, batch: Sequence[Chunk], encoded: Encoded, vectors: torch.Tensor
-    ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], torch.Tensor]:
-        """Contributions float64 [chunks, vectors, positions], and signatures as `_chunk_signatures` gives them."""
-        hidden, ids, lengths, starts = self._read(batch, [encoded])
+        self, batch: Sequence[Chunk], encoded: Sequence[Encoded], vectors: torch.Tensor
+    ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], torch.Tensor]:
+        """Contributions float32 [chunks, vectors, positions], and signatures as `_chunk_signatures` gives them."""
+        hidden, ids, lengths, starts = self._read(batch, encoded)
         found, signatures = self._head.contributions(hidden, ids, lengths, vectors, loss_start=starts)
-        return found.double().cpu().numpy(), signatures.half().float()
+        return found.cpu().numpy(), signatures.half().float()
 
     def _query_chunks(self, row: int, found: Encoded, prompt: str | None) -> list[Chunk]:
         tokens = len(found.ids)
@@ -301,16 +307,23 @@ class Signer:
         return result
 
     def _run(self, batch: Sequence[Chunk], encoded: Sequence[Encoded], sums: _RowSums) -> None:
+        """Add the signatures of one micro-batch."""
+        for part, signatures in self._in_parts(batch, lambda part: self._chunk_signatures(part, encoded)):
+            sums.add([chunk.row for chunk in part], signatures)
+
+    def _in_parts(
+        self, batch: Sequence[Chunk], compute: Callable[[Sequence[Chunk]], _T]
+    ) -> Iterator[tuple[Sequence[Chunk], _T]]:
         """One micro-batch; where the device runs out of memory, in smaller parts from then on."""
         start = 0
         while start < len(batch):
             part = batch[start : start + self._max_chunks]
             try:
-                signatures = self._chunk_signatures(part, encoded)
+                found = compute(part)
             except torch.OutOfMemoryError as error:
                 self._halve(part, error)
                 continue
-            sums.add([chunk.row for chunk in part], signatures)
+            yield part, found
             start += len(part)
 
     def _halve(self, part: Sequence[Chunk], error: BaseException) -> None:

@@ -28,8 +28,14 @@ from rise_ops.trunk import Encoded
 
 TOLERANCE = 2e-3
 """How far the sum over tokens may be from the score before people are told; float16 rounding is below it."""
+GAP_CAUSES = (
+    "the model computes differently here than for the index, or in 16-bit, or the scores are estimates of codes"
+)
+"""Why sums are further from the scores than that."""
+LONGEST = 2**18
+"""Characters of a text that a run's examples still explain: the model reads it again for each query it answers."""
 _TEXTS_AT_ONCE = 64
-"""Signatures of rows that are held at a time."""
+"""Texts that are read together, and whose signatures are held."""
 
 Tokens = tuple["TokenInfluence", ...]
 
@@ -84,8 +90,8 @@ def explain_scores(signer: Signer, texts: Sequence[str], *, query: str, prompt: 
     """
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         some = texts[start : start + _TEXTS_AT_ONCE]
-        rows = [signer.token_scores(text, signature[None]) for text in some]
-        asked = signer.token_scores(query, np.stack([row.signature for row in rows]), prompt=prompt)
+        rows = signer.token_scores(some, signature[None])
+        (asked,) = signer.token_scores([query], np.stack([row.signature for row in rows]), prompts=[prompt])
         places = _spans(signer, query, asked.encoded)
         for text, row, scores in zip(some, rows, asked.scores, strict=True):
             own = _spans(signer, text, row.encoded)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from prefect.artifacts import create_table_artifact
 
 from rise_ops.attribution import attribute
+from rise_ops.card import escaped, escaped_whole
 from rise_ops.config import CurationConfig
 from rise_ops.filters import RowFilter
 from rise_ops.hashing import fingerprint
+from rise_ops.report_text import strongest
 from rise_ops.session import ad_hoc_queries, open_corpus
 from rise_ops.store import Store
 from tasks.policy import GPU, S3, Json, stage
@@ -40,7 +42,8 @@ def attribute_queries(
     )
     answer = [attribution.to_json(bottom=True) for attribution in found]
     corpus = {"name": config.corpus.name, "version": number}
-    document = {"format_version": 1, "k": k, "corpus": corpus, "queries": answer}
+    asked = {"source": source, "label": label, "rescore": rescore}
+    document = {"format_version": 1, "k": k, "corpus": corpus, "where": asked, "queries": answer}
     key = f"attributions/{fingerprint(document)}.json"
     store.create_json(key, document)
     return {"queries": len(answer), "outputs": [key]}
@@ -48,18 +51,23 @@ def attribute_queries(
 
 @stage("show-attribution")
 def publish_hits(store_uri: str, key: str) -> Json:
-    """Show the best hits as a Prefect artifact."""
+    """Show the best hits as a Prefect artifact, whose cells are Markdown."""
     answer = Store(store_uri).get_json(key)["queries"]
     table = [
         {
-            "query": item["query"][:200],
+            "query": escaped(item["query"]),
             "score": round(hit["score"], 4),
-            "source": hit["source_uri"],
+            "source": escaped_whole(hit["source_uri"]),
             "row": hit["source_row"],
-            "text": hit["text"][:200],
+            "text": escaped(hit["text"]),
+            **{name: _strongest(hit[name]) for name in ("tokens", "query_tokens") if hit.get(name)},
         }
         for item in answer
         for hit in item["hits"]
     ]
     create_table_artifact(table[:_SHOWN], key="attribution", description=f"{len(answer)} queries, {len(table)} hits")
     return {"hits": len(table)}
+
+
+def _strongest(tokens: list[Json]) -> str:
+    return ", ".join(f"{escaped(text)} {score:+.4f}" for text, score in strongest(tokens))

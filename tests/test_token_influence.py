@@ -101,7 +101,7 @@ def _vectors(count: int) -> npt.NDArray[np.float32]:
 @pytest.mark.parametrize("words", [12, 300])
 def test_parts_are_those_of_outer_products(trunk: Trunk, signer: Signer, words: int) -> None:
     text, vectors = _text(words), _vectors(3)
-    found = signer.token_scores(text, vectors)
+    (found,) = signer.token_scores([text], vectors)
     assert found.scores.shape == (3, len(found.encoded.ids))
     assert (len(row_chunks(0, len(found.encoded.ids))) > 1) == (words == 300)
     np.testing.assert_allclose(found.scores, _by_hand(trunk, text, vectors), atol=2e-5)
@@ -113,7 +113,7 @@ def test_parts_are_those_of_outer_products(trunk: Trunk, signer: Signer, words: 
 
 def test_a_prompt_carries_nothing(trunk: Trunk, signer: Signer) -> None:
     prompt, text, vectors = "the quick brown fox", "the quick brown fox jumps over the dog", _vectors(2)
-    found = signer.token_scores(text, vectors, prompt=prompt)
+    (found,) = signer.token_scores([text], vectors, prompts=[prompt])
     np.testing.assert_allclose(found.scores, _by_hand(trunk, text, vectors, prompt), atol=2e-5)
     asked = len(trunk.tokenizer(prompt)["input_ids"])
     assert not found.scores[:, :asked].any() and found.scores[:, asked:].all()
@@ -124,13 +124,13 @@ def test_batches_do_not_matter(trunk: Trunk, signer: Signer) -> None:
     one = Signer(trunk, _SKETCH, memory=2**28)
     one._max_chunks = 1
     np.testing.assert_allclose(
-        one.token_scores(text, vectors).scores, signer.token_scores(text, vectors).scores, atol=1e-5
+        one.token_scores([text], vectors)[0].scores, signer.token_scores([text], vectors)[0].scores, atol=1e-5
     )
 
 
 def test_out_of_memory_halves_the_batch(signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
     text, vectors, whole = _text(300), _vectors(2), ReadoutHead.contributions
-    expected = signer.token_scores(text, vectors).scores
+    expected = signer.token_scores([text], vectors)[0].scores
 
     def small(self: ReadoutHead, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
         if len(hidden) > 1:
@@ -138,15 +138,15 @@ def test_out_of_memory_halves_the_batch(signer: Signer, monkeypatch: pytest.Monk
         return whole(self, hidden, *args, **options)
 
     monkeypatch.setattr(ReadoutHead, "contributions", small)
-    np.testing.assert_allclose(signer.token_scores(text, vectors).scores, expected, atol=1e-5)
+    np.testing.assert_allclose(signer.token_scores([text], vectors)[0].scores, expected, atol=1e-5)
     assert signer.halvings > 0
 
 
 def test_texts_that_predict_nothing_and_wrong_vectors(signer: Signer) -> None:
-    found = signer.token_scores("x", _vectors(1))
+    (found,) = signer.token_scores(["x"], _vectors(1))
     assert not found.scores.any() and not found.signature.any()
     with pytest.raises(ModelError, match="do not fit signatures"):
-        signer.token_scores(_text(5), np.ones((1, 3), np.float32))
+        signer.token_scores([_text(5)], np.ones((1, 3), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_spans_cover_the_text_and_no_character_is_split(signer: Signer, text: st
         assert token.start == at and token.text == text[token.start : token.end] != ""
         at = token.end
     assert at >= len(text.rstrip())
-    raw = signer.token_scores(text, signature[None]).scores
+    raw = signer.token_scores([text], signature[None])[0].scores
     assert len(found.tokens) < raw.shape[1] or text.isascii()
     assert sum(token.score for token in found.tokens) == pytest.approx(raw.sum(), abs=1e-9)
 
