@@ -91,7 +91,7 @@ def _recall(options: argparse.Namespace, scratch: Store) -> Table:
         config = load_config(options.config, overrides=options.set)
         store = Store(config.store)
         config = settled(store, config)
-    indexed = open_indexed(store, config)
+        indexed = open_indexed(store, config)
         for name in config.targets:
             target = open_target(store, config, indexed.index_id, name)
             sets.append((name, store, indexed.index_id, list(indexed.blocks), target.signature))
