@@ -84,6 +84,7 @@ def _made_with(record: Json) -> Json | None:
         },
         "aggregate": config.aggregate,
         "keep": config.selection.keep.model_dump(exclude_none=True),
+        "selection": config.selection.model_dump(mode="json", exclude_none=True),
     }
 
 

@@ -260,6 +260,11 @@ def select_memory(memory: int, *, rows: int, queries: int, aggregate: str, conte
     return SelectMemory(_plan("select", text, need, memory, 1), slices, sorts)
 
 
+def index_share(memory: int) -> int:
+    """What of a selection's memory its searches in the index get; the rest is for what is held beside them."""
+    return memory // 4 * 3
+
+
 def duplicates_memory(memory: int, *, dim: int) -> DuplicatesMemory:
     """Plan for removing near-duplicates: chunks that are coded, pairs that are compared, codes and tables.
 
@@ -343,8 +348,10 @@ def stage_memory(config: CurationConfig, *, rows: int, queries: int) -> dict[str
     plans = [ingest_memory(part, tasks=tasks), sketch_memory(part, dim=dim, tasks=tasks)[0]]
     if config.targets:
         scan = value_memory(part, queries=queries, dim=dim, aggregate=aggregate, tasks=tasks)
-        select = select_memory(memory, rows=rows, queries=queries, aggregate=aggregate)
+        select = select_memory(memory, rows=rows, queries=queries, aggregate=aggregate, contents=True)
         plans += [scan.plan, select.plan, export_memory(memory).plan]
+        if config.selection.near_duplicates is not None:
+            plans.append(duplicates_memory(index_share(memory), dim=dim).plan)
     return {plan.stage: plan for plan in plans}
 
 

@@ -46,7 +46,7 @@ from rise_ops.counters import count
 from rise_ops.errors import ConfigError, IntegrityError, SelectionError
 from rise_ops.exclusion import TIE, TargetExclusions
 from rise_ops.heap import steady_heap
-from rise_ops.memory import SelectMemory, select_memory
+from rise_ops.memory import SelectMemory, index_share, select_memory
 from rise_ops.ordering import RECORD, Indexed, diversified, sampled, with_duplicates
 from rise_ops.parts import Part
 from rise_ops.progress import Progress, silent
@@ -161,7 +161,7 @@ class _Decider:
         self._plan = _plan(store, scored, memory=memory, contents=bool(self._facts))
         self._tally = Tally(self._rules)
         self._index = self._opened(memory, progress)
-        self._scratch = Scratch(folder, memory // 4)
+        self._scratch = Scratch(folder, memory - index_share(memory))
         self._leaders: npt.NDArray[np.int64] | None = None
         self._names: Column | None = None
         self._best = 0.0, 0
@@ -176,7 +176,7 @@ class _Decider:
         if self._scored.identity is None:
             raise ValueError("near_duplicates and diversity need the identity of the index")
         blocks = [block for part in self._scored.parts for block in part.blocks]
-        return Indexed(self._store, self._scored.identity, blocks, memory // 4 * 3, self._folder, progress)
+        return Indexed(self._store, self._scored.identity, blocks, index_share(memory), self._folder, progress)
 
     def decide(self) -> Selection:
         """All steps but the writing of the decisions."""

@@ -270,3 +270,59 @@ def test_a_url_with_credentials_is_refused_and_not_shown(tmp_path: Path, key: st
     with pytest.raises(ConfigError, match="credentials do not belong in a URL") as caught:
         load_config(path, overrides=[f"{key}=s3://AKIA:planted-secret@bucket/x"])
     assert "planted-secret" not in str(caught.value)
+
+
+def test_a_target_that_only_excludes_does_not_count() -> None:
+    targets = {name: {"queries": f"{name}.jsonl"} for name in ("good", "backdoor")}
+    selection = {"exclude": [{"target": "backdoor", "top_rows": 5}]}
+    assert parse(changed(targets=targets, selection=selection)).weights == {"good": 1.0}
+    both = parse(changed(targets=targets, selection=selection, value={"good": 1, "backdoor": -1}))
+    assert both.weights == {"good": 1.0, "backdoor": -1.0}
+    alone = parse(changed(targets={"backdoor": targets["backdoor"]}, selection=selection))
+    assert alone.weights == {}
+
+
+def test_a_selection_survives_being_written_down() -> None:
+    """A run's record and a flow's parameters hold every key, those of the other way to exclude, too."""
+    document = changed(
+        targets={"good": {"queries": "q.jsonl"}},
+        selection={
+            "exclude": [{"target": "good", "top_rows": 5}, {"pattern": "(?i)x", "field": "lang"}],
+            "near_duplicates": 0.98,
+            "sample": {"seed": 3},
+            "per_source": {"groups": {"*/a/*": {"max_fraction": 0.5}}},
+            "keep": {"rows": 3},
+        },
+    )
+    config = parse(document)
+    assert config.selection.near_duplicates is not None and config.selection.near_duplicates.cosine == 0.98
+    assert CurationConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"exclude": [{"pattern": "(?i"}]}, "selection.exclude.0.pattern: not a regular expression: regex"),
+        ({"exclude": [{"pattern": r"(a)\1"}]}, "not a regular expression"),
+        ({"exclude": [{"pattern": "(a{1000}){1000}"}]}, "not a regular expression"),
+        ({"exclude": [{"target": "god", "top_rows": 5}]}, "not a target; did you mean 'good'?"),
+        ({"exclude": [{"target": "good"}]}, "give one of 'top_rows', 'top_fraction', 'min_score'"),
+        ({"exclude": [{"target": "good", "top_rows": 5, "min_score": 0}]}, "give one of"),
+        ({"exclude": [{"target": "good", "top_rows": 5, "field": "lang"}]}, "cannot use 'field' with 'target'"),
+        ({"exclude": [{"target": "good", "pattern": "x"}]}, "give either 'target' or 'pattern'"),
+        ({"exclude": [{"pattern": "x", "top_rows": 5}]}, "cannot use 'top_rows' with 'pattern'"),
+        ({"sample": {}, "diversity": {}, "keep": {"rows": 1}}, "cannot use 'diversity' with 'sample'"),
+        ({"sample": {}}, "'sample' needs a budget"),
+        ({"diversity": {}, "keep": {"min_value": 0}}, "'diversity' needs a budget"),
+        ({"per_source": {"min_rows": 5, "max_rows": 4}}, "min_rows 5 is more than max_rows 4"),
+        ({"per_label": {"groups": {"a": {"min_fraction": 0.5, "max_fraction": 0.4}}}}, "min_fraction 0.5 is more"),
+        ({"per_source": {"by": "bucket"}}, "selection.per_source.by:"),
+        ({"near_duplicates": 0.2}, "selection.near_duplicates.cosine:"),
+        ({"keep": {"min_percentile": 100}}, "selection.keep.min_percentile:"),
+    ],
+)
+def test_selections_that_mean_nothing_are_refused(selection: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(changed(targets={"good": {"queries": "q.jsonl"}}, selection=selection))
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
