@@ -23,9 +23,18 @@ _OUT = Console()
 _ERR = Console(stderr=True)
 _PREVIEW = 160
 _TOKENS_NAMED = 8
+_SHADES = {
+    sign * level: f"{'bold ' if level == 4 else ''}black on {shade}"
+    for sign, shades in (
+        (1, ("#dff3e4", "#b0e5bd", "#78d190", "#2fb956")),
+        (-1, ("#fae1e1", "#f4baba", "#ec8f8f", "#e25d5d")),
+    )
+    for level, shade in enumerate(shades, 1)
+}
+"""Styles of tokens by sign and strength; readable on any background, and without shades where a terminal has none."""
 _LISTED = 5
 """Rows and objects shown of many."""
-_WHOLE = ("run_id", "score")
+_WHOLE = ("run_id", "score", "rule")
 """Columns that are copied or compared, so never broken."""
 
 
@@ -432,35 +441,34 @@ def _hits(title: str, hits: Sequence[Json]) -> Table:
 
 def _show_tokens(query: str, hit: Json) -> None:
     """The strongest tokens of a hit and of its query: marked where they stand, and listed with their parts."""
-    from rise_ops.token_influence import TOLERANCE
+    from rise_ops.token_influence import GAP_CAUSES, TOLERANCE
 
     place = plain(f"{hit['source_uri']}:{hit['source_row']}", width=60)
     _OUT.print(f"[bold]{hit['score']:+.4f}[/bold] {place}", highlight=False)
     for name, text, tokens in (("row", hit["text"], hit["tokens"]), ("query", query, hit["query_tokens"])):
         strongest = sorted(tokens, key=lambda token: -abs(token["score"]))[:_TOKENS_NAMED]
         parts = [f"{plain(token['text'].strip() or '␣', width=24)} {token['score']:+.4f}" for token in strongest]
-        _OUT.print(f"  {name:>5}: {_marked(text, strongest)}", highlight=False)
+        _OUT.print(f"  {name:>5}: {_marked(text, tokens)}", highlight=False)
         _OUT.print(f"         {'   '.join(parts)}", style="dim", highlight=False)
     if hit["tokens_gap"] > TOLERANCE:
-        _OUT.print(
-            f"  [yellow]the tokens' parts add up to another score, {hit['tokens_gap']:.4f} off: the model computes "
-            "differently here, or in 16-bit[/yellow]",
-            highlight=False,
-        )
+        off = f"the tokens' parts add up to another score, {hit['tokens_gap']:.4f} off: {GAP_CAUSES}"
+        _OUT.print(f"  [yellow]{off}[/yellow]", highlight=False)
 
 
 def _marked(text: str, tokens: Sequence[Json]) -> str:
-    """The beginning of a text with these tokens highlighted, from a little before the first that counts."""
-    placed = sorted((token for token in tokens if token["end"] > token["start"]), key=lambda token: token["start"])
-    first = max(0, placed[0]["start"] - _PREVIEW // 4) if placed else 0
-    last = first + _PREVIEW
-    shown, at = ["…" if first else ""], first
-    for token in placed:
-        if token["end"] <= last:
-            style = "black on green" if token["score"] > 0 else "black on red"
-            shown += [_inline(text[at : token["start"]]), f"[{style}]{_inline(text[token['start'] : token['end']])}[/]"]
-            at = token["end"]
-    return "".join((*shown, _inline(text[at:last]), "…" if len(text) > last else ""))
+    """A piece of a text, from a little before its strongest tokens, which are shaded: green adds to the score."""
+    from rise_ops.report_text import pieces
+
+    placed = [token for token in tokens if token["end"] > token["start"]]
+    strongest = sorted(placed, key=lambda token: -abs(token["score"]))[:_TOKENS_NAMED]
+    first = max(0, min((token["start"] for token in strongest), default=0) - _PREVIEW // 4)
+    moved = [{**token, "start": token["start"] - first, "end": token["end"] - first} for token in placed]
+    shown = pieces(text[first : first + _PREVIEW], moved, _PREVIEW)
+    marked = "".join(
+        f"[{_SHADES[piece.strength]}]{_inline(piece.text)}[/]" if piece.strength else _inline(piece.text)
+        for piece in shown
+    )
+    return f"{'…' if first else ''}{marked}{'…' if len(text) > first + _PREVIEW else ''}"
 
 
 def _inline(text: str) -> str:

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from flows import console
-from rise_ops.attribution import Attribution, attribute
+from rise_ops import token_influence
+from rise_ops.attribution import Attribution, Hit, attribute, with_tokens
 from rise_ops.chunking import prompt_chunk, row_chunks
-from rise_ops.config import ModelConfig, SketchConfig, load_config
+from rise_ops.config import CurationConfig, ModelConfig, SketchConfig, load_config
 from rise_ops.errors import ModelError
 from rise_ops.head import ReadoutHead
 from rise_ops.index import prepare_index
 from rise_ops.indexing import sketch_blocks
 from rise_ops.ingest import ingest_corpus
+from rise_ops.rows import CanonicalRow
 from rise_ops.session import block_rows, open_signer
 from rise_ops.signatures import Signer
 from rise_ops.sketch import SketchTables
 from rise_ops.store import Store
-from rise_ops.targets import read_queries
+from rise_ops.targets import Target, read_queries
 from rise_ops.token_influence import TOLERANCE, TokenInfluence, cut_tokens, explain_scores
-from rise_ops.trunk import Trunk, load_trunk
+from rise_ops.trunk import Encoded, Trunk, load_trunk
 from tests import oracle, tiny_models
 from tests.curation import write_curation
 
@@ -111,6 +117,40 @@ def test_parts_are_those_of_outer_products(trunk: Trunk, signer: Signer, words: 
     np.testing.assert_allclose(found.signature, signature, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "phi", "cohere", "granite", "llama", "gpt2"])
+def test_sums_are_products_of_signatures_under_caps_biases_and_scales(family: str, tmp_path: Path) -> None:
+    """Soft-capped, with a bias, scaled up and down; rows of one window and of several, in one batch."""
+    trunk = load_trunk(ModelConfig(name=str(tiny_models.save(family, tmp_path / family)), device="cpu"))
+    signer = Signer(trunk, _SKETCH, memory=2**28)
+    texts, prompt = [_text(300), _text(9, 1), _text(40, 2), _text(500, 3)], _text(6, 4)
+    query = f"{prompt} {_text(12, 5)}"
+    rows = signer.rows(texts).signature.astype(np.float32)
+    asked = signer.queries([query], [prompt]).signature[0].astype(np.float32)
+    parts = list(explain_scores(signer, texts, query=query, prompt=prompt, signature=asked))
+    for score, part in zip(rows @ asked, parts, strict=True):
+        assert part.gap(float(score)) < TOLERANCE / 2
+        assert not any(token.score for token in part.query_tokens if token.end <= len(prompt))
+
+
+def test_another_model_is_told(signer: Signer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = Signer(
+        load_trunk(ModelConfig(name=str(tiny_models.save("llama", tmp_path / "m")), device="cpu")),
+        _SKETCH,
+        memory=2**28,
+    )
+    text, query = _text(30), _text(20, 1)
+    x, q = signer.rows([text, query]).signature.astype(np.float32)
+    target = Target("t", pl.DataFrame({"text": [query], "prompt": [None]}), q[None])
+    found = [Attribution(query, None, [Hit("d", float(x @ q), "u", 0, text)], [])]
+    with_tokens(found, target, signer=signer)
+    assert not caplog.records
+    ((hit,),) = (item.hits for item in with_tokens(found, target, signer=other))
+    assert hit.tokens_gap is not None and hit.tokens_gap > TOLERANCE
+    assert "1 of 1 hits" in caplog.text and f"{hit.tokens_gap:.4f} off" in caplog.text
+    ((skipped,),) = (item.hits for item in with_tokens(found, target, signer=signer, longest=len(text) - 1))
+    assert skipped.tokens is None and skipped.tokens_gap is None
+
+
 def test_a_prompt_carries_nothing(trunk: Trunk, signer: Signer) -> None:
     prompt, text, vectors = "the quick brown fox", "the quick brown fox jumps over the dog", _vectors(2)
     (found,) = signer.token_scores([text], vectors, prompts=[prompt])
@@ -165,6 +205,59 @@ def test_spans_cover_the_text_and_no_character_is_split(signer: Signer, text: st
     assert sum(token.score for token in found.tokens) == pytest.approx(raw.sum(), abs=1e-9)
 
 
+def _byte_fallback() -> Tokenizer:
+    """As Llama 2: words begin with ▁, other characters are bytes, texts stand between special tokens."""
+    known = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {token: number for number, token in enumerate(known)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.add_special_tokens(["<s>", "</s>"])
+    special = [("<s>", 1), ("</s>", 2)]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    return made
+
+
+def _compatible() -> Tokenizer:
+    """Normalises to compatible characters first, of which one may become several."""
+    pieces = [("<unk>", 0.0), *((letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz."), ("▁the", -2.0)]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    return made
+
+
+def _trimmed() -> Tokenizer:
+    """Bytes, whose places leave spaces out."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.post_processor = processors.ByteLevel(trim_offsets=True)
+    return made
+
+
+def _pieces_of_words() -> Tokenizer:
+    """As BERT: spaces are nowhere, accents fall away."""
+    vocabulary = {token: number for number, token in enumerate(["[UNK]", "the", "fox", "na", "##ive", "fi", "##ne"])}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return made
+
+
+@pytest.mark.parametrize("make", [_byte_fallback, _compatible, _trimmed, _pieces_of_words])
+@pytest.mark.parametrize("text", ["naïve 日本 🦊🦊 fox", "the ﬁne… fox", " the\n\n fox "])
+def test_spans_of_other_tokenizers(signer: Signer, make: Callable[[], Tokenizer], text: str) -> None:
+    encoding = make().encode(text)
+    starts, ends = zip(*encoding.offsets, strict=True)
+    encoded = Encoded(np.zeros(len(encoding.ids), np.int32), ends, starts)
+    found = token_influence._spans(signer, text, encoded)
+    assert [span.ids.start for span in found[1:]] == [span.ids.stop for span in found[:-1]]
+    assert (found[0].ids.start, found[-1].ids.stop) == (0, len(encoding.ids))  # every token is in one span
+    at = 0
+    for span in found:
+        assert span.start == at and (span.text == text[at : span.end] or span.end == at)
+        at = span.end
+    assert at >= len(text.rstrip())
+
+
 def test_special_tokens_are_named(signer: Signer, trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Trunk.encode
 
@@ -198,17 +291,44 @@ def test_what_is_behind_a_cut_is_counted() -> None:
     assert cut_tokens(tokens, 6) == (tokens, 0.0)
 
 
+Asked = tuple[Store, CurationConfig, list[CanonicalRow]]
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Attribution]:
-    """Attributions over the tiny curation, whose scores come from the index."""
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """The tiny curation, indexed, and queries."""
     config = load_config(write_curation(tmp_path_factory.mktemp("curation")))
     store = Store(config.store)
     version, _ = ingest_corpus(store, config, run_id="run")
     signer = open_signer(store, config)
     identity = prepare_index(store, signer, model=config.model)
     sketch_blocks(store, identity, list(block_rows(store, version)), dim=config.sketch.dim, signer=lambda: signer)
-    queries = read_queries(config.targets["backdoor"], limits=config.limits)[:2]
+    return store, config, read_queries(config.targets["backdoor"], limits=config.limits)[:2]
+
+
+@pytest.fixture(scope="module")
+def found(asked: Asked) -> list[Attribution]:
+    """Attributions, whose scores come from the index."""
+    store, config, queries = asked
     return attribute(store, config, queries, k=8, tokens=True)
+
+
+def test_only_rows_that_are_shown_are_read_again(
+    asked: Asked, found: list[Attribution], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config, queries = asked
+    read, plain = [], Signer.token_scores
+
+    def counted(self: Signer, texts: list[str], *args: Any, **options: Any) -> Any:
+        read.append(len(texts))
+        return plain(self, texts, *args, **options)
+
+    monkeypatch.setattr(Signer, "token_scores", counted)
+    top = attribute(store, config, queries, k=8, bottom=False, tokens=True)
+    assert read == [8, 1, 8, 1]
+    assert not any(item.bottom for item in top)
+    for one, other in zip(top, found, strict=True):
+        assert [hit.doc_id for hit in one.hits] == [hit.doc_id for hit in other.hits]
 
 
 def test_sums_are_the_scores_of_the_index(found: list[Attribution]) -> None:
@@ -239,3 +359,15 @@ def test_the_terminal_shows_marks_numbers_and_mismatches(
     monkeypatch.setattr(console, "_OUT", plain)
     console.show_attribution([item])
     assert "row: a [bold]x[/bold] �[31mred\\ [/] end\\" in plain.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_terminal_shades_by_strength() -> None:
+    text = "alpha [beta] gamma delta"
+    shares = ((0, 5, 0.1), (5, 12, -0.09), (12, 18, 0.03), (18, 24, 0.001))
+    tokens = [{"text": text[start:end], "start": start, "end": end, "score": score} for start, end, score in shares]
+    strong, away, middle = (console._SHADES[level] for level in (4, -4, 2))
+    shown = console._marked(text, tokens)
+    assert shown == f"[{strong}]alpha[/][{away}] \\[beta][/][{middle}] gamma[/] delta"
+    far = [{**token, "start": token["start"] + 1_000, "end": token["end"] + 1_000} for token in tokens]
+    moved = console._marked("x" * 1_000 + text + "y" * 1_000, far)
+    assert moved.startswith("…xxx") and f"[{strong}]alpha[/]" in moved and moved.endswith("y…")
