@@ -355,7 +355,8 @@ def test_a_copied_row_is_a_near_duplicate_of_itself(world: World) -> None:
 
 def test_errors_of_scores_go_on_and_make_up_that_of_the_value(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     _, frame = _select(world, "errors")
-    expected = np.sqrt(frame["error_good"] ** 2 + (0.5 * frame["error_junk"]) ** 2)
+    squares = pl.col("error_good") ** 2 + (0.5 * pl.col("error_junk")) ** 2
+    expected = frame.select(squares.sqrt().alias("error"))["error"]
     assert expected.null_count() == frame["value"].null_count()
     np.testing.assert_allclose(frame["value_error"].fill_null(0), expected.fill_null(0), rtol=1e-6)
     names = frame.columns
