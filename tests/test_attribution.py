@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from rise_ops import attribution
-from rise_ops.attribution import Attribution, Hit, attribute, explain, find_extremes
+from rise_ops.attribution import Attribution, attribute, explain, find_extremes
 from rise_ops.config import KeepConfig, SelectionConfig, load_config
+from rise_ops.errors import ModelError
 from rise_ops.evaluation import Label, evaluate_corpus
 from rise_ops.examples import HITS, QUERIES, examples_key, write_examples
 from rise_ops.index import prepare_index
@@ -20,6 +21,7 @@ from rise_ops.ingest import ingest_corpus
 from rise_ops.judged_rows import ROWS
 from rise_ops.selection import decide
 from rise_ops.session import block_rows, open_signer
+from rise_ops.signatures import Signer
 from rise_ops.store import Store
 from rise_ops.targets import read_queries
 from tests.corpora import corpus_of, make_rows, write_as
@@ -118,6 +120,26 @@ def test_examples_of_a_run(tmp_path: Path, rows: int) -> None:
         for hit in (*query["top"], *query["bottom"]):
             assert hit["kept"] == fate[hit["source_uri"], hit["source_row"]]
             assert hit["text"] == texts[hit["doc_id"]]
+
+
+def test_examples_go_on_without_their_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = index_rows(Store(str(tmp_path / "store")), tmp_path, {"a.jsonl": make_rows(20)})
+    parts = score_parts(small, {"good": TARGET})
+    decide(
+        small.store, small.version, run_id="run", parts=parts, weights={"good": 1.0}, targets=["good"],
+        aggregate="mean", selection=SelectionConfig(), memory=2**30,
+    )  # fmt: skip
+
+    def gone() -> Signer:
+        raise ModelError("model m is not here")
+
+    key = write_examples(
+        small.store, small.version, small.blocks, run_id="run", targets={"good": store_target(small.store, TARGET)},
+        parts=parts, evaluation=None, signer=gone,
+    )  # fmt: skip
+    hits = [hit for query in small.store.get_json(key)["queries"] for hit in query["top"]]
+    assert hits and not any("tokens" in hit for hit in hits)
+    assert "examples go without the influence of tokens: model m is not here" in caplog.text
 
 
 def test_the_library_alone_finds_planted_rows(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.settings import get_current_settings
 
 from flows.attribute import attribute
@@ -17,6 +19,7 @@ from flows.curate import curate
 from flows.index_corpus import index_corpus
 from rise_ops import parts
 from rise_ops.blocks import MIN_ROWS, read_texts
+from rise_ops.card import escaped
 from rise_ops.corpus import read_version
 from rise_ops.errors import BadRowsError, ConfigError, ModelError, SourceError, TransientError
 from rise_ops.export import list_exports
@@ -25,6 +28,7 @@ from rise_ops.ingest import ingest_object
 from rise_ops.plan import plan_run
 from rise_ops.runs import list_runs, read_run
 from rise_ops.store import Store
+from tasks.attribute import publish_hits
 from tests.corpora import jsonl
 from tests.curation import PLANTED, ROWS, load, write_curation
 
@@ -352,6 +356,27 @@ def test_attribution_as_a_flow_stores_its_answer(config_path: Path) -> None:
     answer = Store(config.store).get_json(found["outputs"][0])
     assert len(answer["queries"][0]["hits"]) == 3
     assert all(hit["tokens"] and hit["query_tokens"] for hit in answer["queries"][0]["hits"])
+    assert answer["where"] == {"source": None, "label": None, "rescore": None}
+    with get_client(sync_client=True) as client:
+        shown = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["attribution"])))
+    row = json.loads(str(max(shown, key=lambda each: str(each.created)).data))[0]
+    best = max(answer["queries"][0]["hits"][0]["tokens"], key=lambda token: abs(token["score"]))
+    assert row["tokens"].startswith(f"{escaped(best['text'].strip() or '␣')} {best['score']:+.4f}")
+    assert row["query_tokens"] and row["source"].replace("\\", "") == answer["queries"][0]["hits"][0]["source_uri"]
+
+
+def test_hits_are_text_in_an_artifact(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells are Markdown, which could load pictures from elsewhere."""
+    store = Store(load(config_path).store)
+    evil = "![x](http://elsewhere/y.png) <b>"
+    token = {"text": evil, "start": 0, "end": len(evil), "score": 0.5}
+    hit = {"score": 0.5, "source_uri": f"/raw/{evil}", "source_row": 0, "text": evil, "tokens": [token]}
+    store.create_json("attributions/a.json", {"queries": [{"query": evil, "hits": [{**hit, "query_tokens": [token]}]}]})
+    tables: list[Any] = []
+    monkeypatch.setattr("tasks.attribute.create_table_artifact", lambda table, **_: tables.extend(table))
+    publish_hits.fn(store.uri, "attributions/a.json")
+    cells = [tables[0][name] for name in ("query", "source", "text", "tokens", "query_tokens")]
+    assert all(r"\!\[x\]\(http\:" in cell and r"\<b\>" in cell for cell in cells)
 
 
 @pytest.mark.s3

@@ -368,6 +368,9 @@ def test_the_terminal_shades_by_strength() -> None:
     strong, away, middle = (console._SHADES[level] for level in (4, -4, 2))
     shown = console._marked(text, tokens)
     assert shown == f"[{strong}]alpha[/][{away}] \\[beta][/][{middle}] gamma[/] delta"
-    far = [{**token, "start": token["start"] + 1_000, "end": token["end"] + 1_000} for token in tokens]
+    far = [
+        {"text": text[start:end], "start": 1_000 + start, "end": 1_000 + end, "score": score}
+        for start, end, score in shares
+    ]
     moved = console._marked("x" * 1_000 + text + "y" * 1_000, far)
     assert moved.startswith("…xxx") and f"[{strong}]alpha[/]" in moved and moved.endswith("y…")
