@@ -22,7 +22,7 @@ from rise_ops.signatures import Signer, load_tables
 from rise_ops.store import Store
 from rise_ops.targets import Target, read_queries, read_target, sign_queries, sign_target, target_id
 from rise_ops.trunk import load_trunk, model_fingerprint
-from rise_ops.uncertainty import SHIFTS
+from rise_ops.uncertainty import NOISE_QUERIES
 
 _logger = logging.getLogger(__name__)
 _SIGNER_LOCK = threading.Lock()
@@ -78,7 +78,7 @@ def plan_stages(config: CurationConfig, *, rows: int = 0) -> dict[str, StageMemo
     """
     queries = sum(len(read_queries(target, limits=config.limits)) for target in config.targets.values())
     if config.aggregate != "rrf":
-        queries += 2 * SHIFTS * len(config.targets)
+        queries += NOISE_QUERIES * len(config.targets)
     return stage_memory(config, rows=rows, queries=queries)
 
 

@@ -40,7 +40,7 @@ from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_table
 from rise_ops.targets import Target
-from rise_ops.uncertainty import SHIFTS, noise_queries, standard_errors
+from rise_ops.uncertainty import NOISE_QUERIES, noise_queries, noise_squares, standard_errors
 
 Aggregate = str
 """mean, max, rrf, or top-N."""
@@ -49,6 +49,7 @@ RRF_CONSTANT = 60
 
 _ROW_MASK = (1 << BLOCK_SHIFT) - 1
 _GROUP_ROWS = 2**17
+_NOISE = "noise of "
 _EXTREME_COLUMNS = ("target", "query", "side", "rank", "block", "block_row", "score")
 
 _logger = logging.getLogger(__name__)
@@ -129,6 +130,8 @@ def _block_frame(store: Store, position: int, block_id: str, pieces: Sequence[Ma
     """The scores of one block as a table."""
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     rows = len(columns["tokens"])
+    for name in [name for name in columns if name.startswith(_NOISE)]:
+        columns[f"error_{name.removeprefix(_NOISE)}"] = standard_errors(columns.pop(name), columns["chunks"] > 0)
     frame = pl.DataFrame(
         {
             "block": np.full(rows, position, dtype=np.uint32),
@@ -143,14 +146,14 @@ def _block_frame(store: Store, position: int, block_id: str, pieces: Sequence[Ma
 
 
 def _aggregate(scores: Float32Array, targets: Mapping[str, Target], aggregate: Aggregate) -> dict[str, Float32Array]:
-    """Scores and errors of each target, from the scores of all queries and, after them, of the shifted ones."""
+    """Scores and noise of each target, from the scores of all queries and, after them, of the shifted ones."""
     columns = {}
     start, noise = 0, sum(len(target.queries) for target in targets.values())
     for name, target in targets.items():
         mine = scores[:, start : start + len(target.queries)]
         columns[f"score_{name}"] = _combined(mine, aggregate)
-        columns[f"error_{name}"] = standard_errors(scores[:, noise : noise + 2 * SHIFTS])
-        start, noise = start + len(target.queries), noise + 2 * SHIFTS
+        columns[f"{_NOISE}{name}"] = noise_squares(scores[:, noise : noise + NOISE_QUERIES])
+        start, noise = start + len(target.queries), noise + NOISE_QUERIES
     return columns
 
 

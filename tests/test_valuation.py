@@ -13,7 +13,7 @@ from rise_ops import valuation
 from rise_ops.config import KeepConfig, SelectionConfig
 from rise_ops.selection import decide, decisions_key
 from rise_ops.store import Store
-from rise_ops.uncertainty import noise_queries, standard_errors
+from rise_ops.uncertainty import noise_queries, noise_squares, standard_errors
 from rise_ops.valuation import Aggregate, iter_part_scores, read_extremes
 from tests.corpora import make_rows
 from tests.indexed import SKETCH, Indexed, index_rows, make_target, score_parts
@@ -147,10 +147,11 @@ def test_errors_stand_beside_scores_and_top_n_is_a_mean_of_the_best(indexed: Ind
     for name, target in TARGETS.items():
         scores = np.sort(indexed.matrix @ target.signature.T, axis=1)[:, -2:].mean(axis=1)
         np.testing.assert_allclose(frame[f"score_{name}"].to_numpy()[usable], scores[usable], atol=1e-5)
-        products = indexed.matrix @ noise_queries(target.signature, SKETCH, "top-2").T
-        np.testing.assert_allclose(
-            frame[f"error_{name}"].to_numpy()[usable], standard_errors(products)[usable], atol=1e-5
-        )
+        squares = noise_squares(indexed.matrix @ noise_queries(target.signature, SKETCH, "top-2").T)
+        for place in range(len(indexed.blocks)):
+            mine = frame["block"].to_numpy() == place
+            expected = standard_errors(squares[mine], usable[mine])[usable[mine]]
+            np.testing.assert_allclose(frame[f"error_{name}"].to_numpy()[mine & usable], expected, atol=1e-5)
     silent = frame.filter(pl.col("chunks") == 0).select(
         f"{kind}_{name}" for kind in ("score", "error") for name in TARGETS
     )

@@ -30,7 +30,7 @@ import numpy as np
 import polars as pl
 from pydantic import ByteSize, TypeAdapter
 
-from rise_ops.config import CurationConfig, parse_config
+from rise_ops.config import CurationConfig, SketchConfig, parse_config
 from rise_ops.demo.corpus import MODEL_FOLDER
 from rise_ops.memory import MIB, stage_memory
 from rise_ops.parts import cut_parts
@@ -189,6 +189,11 @@ def _blocks(store: Store, setting: Setting) -> dict[str, int]:
     return block_rows(store, open_corpus(store, setting.config))
 
 
+def _layout(dim: int) -> SketchConfig:
+    """Some sketch whose signatures have this length, a multiple of 16."""
+    return SketchConfig(dim_h=8, dim_r=dim // 16, dim_g=dim // 16)
+
+
 def _sketch(store: Store, setting: Setting) -> Callable[[], Any]:
     from rise_ops.index import prepare_index
     from rise_ops.indexing import sketch_blocks
@@ -230,7 +235,7 @@ def _value(store: Store, setting: Setting) -> Callable[[], Any]:
     def value() -> None:
         parts = cut_parts(INDEX, _blocks(store, setting))
         score_parts(store, INDEX, parts, targets=targets, aggregate=setting.config.aggregate,
-                    sketch=setting.config.sketch, memory=setting.memory)  # fmt: skip
+                    sketch=_layout(setting.dim), memory=setting.memory)  # fmt: skip
 
     return value
 
