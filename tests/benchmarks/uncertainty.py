@@ -83,7 +83,9 @@ def _signatures(trunk: Trunk, sketch: SketchConfig, batches: Sequence[HiddenChun
     for batch in batches:
         made = head.signatures(batch.hidden, batch.ids, batch.lengths, loss_start=batch.loss_starts)
         sums.index_add_(0, torch.tensor([chunk.row for chunk in batch.chunks]), made.half().float())
-    return (sums / torch.linalg.vector_norm(sums, dim=1, keepdim=True).clamp_min(1e-8)).half().float().numpy()
+    unit = sums / torch.linalg.vector_norm(sums, dim=1, keepdim=True).clamp_min(1e-8)
+    found: npt.NDArray[np.float32] = unit.half().float().numpy()
+    return found
 
 
 def _figures(signed: Sequence[Sequence[npt.NDArray[np.float32]]], sketch: SketchConfig, exact: Float64Array,
