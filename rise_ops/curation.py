@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -36,6 +37,7 @@ from rise_ops.rows import CanonicalRow, RowFault, canonical_row
 from rise_ops.runs import list_runs, read_run
 from rise_ops.selection import decisions_key
 from rise_ops.session import ad_hoc_queries, block_rows
+from rise_ops.stability import Stability
 from rise_ops.store import Store
 from rise_ops.valuation import iter_part_scores
 
@@ -162,6 +164,7 @@ class Curation:
     def scores(self, run: str | None = None) -> pl.LazyFrame:
         """Every row once with its scores, as stored: block_id, block_row, doc_id, tokens, chunks, score_TARGET, ….
 
+        `error_TARGET` is the standard error of a score that the width of the sketch makes (`rise_ops.uncertainty`).
         Rows are in the corpus' order; one that is too short to predict a token has no score. With `aggregate: rrf`
         the ranks of all rows are merged when the frame is collected.
 
@@ -310,10 +313,13 @@ class Curation:
             )
         return Evaluated(found.rows, found.positives, found.queries, found.top_k)
 
-    def stability(self, run: str | None = None) -> Json | None:
-        """How sure a run's selection is (`rise_ops.stability`); None where the run does not say."""
+    def stability(self, run: str | None = None) -> Stability | None:
+        """Would another sketch keep the same rows (`rise_ops.stability`)? None where the run does not say."""
         found: Json | None = self._decided(run).get("selection", {}).get("stability")
-        return found
+        if found is None:
+            return None
+        known: dict[str, Any] = {field.name: found.get(field.name) for field in fields_of(Stability)}
+        return Stability(**known)
 
     def report(self, run: str | None = None) -> str:
         """Where a run's HTML page is."""

@@ -6,7 +6,7 @@ Text from a corpus is made visible and escaped wherever it is shown; frames have
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import overload
 
 import polars as pl
@@ -15,6 +15,7 @@ from rise_ops.attribution import Attribution, Hit
 from rise_ops.errors import ConfigError
 from rise_ops.evaluation import Evaluation
 from rise_ops.notebook import Markup, escaped, html_table
+from rise_ops.report_text import Piece, pieces
 from rise_ops.visible import visible
 
 _PREVIEW = 300
@@ -71,6 +72,23 @@ class Attributions(Sequence[Attribution]):
                   "source_uri": pl.String, "source_row": pl.Int64, "text": pl.String}  # fmt: skip
         return pl.DataFrame(rows, schema=schema, orient="row")
 
+    def tokens(self) -> pl.DataFrame:
+        """What the tokens add to the scores, where they were asked for: query, side, rank, of (row | query), start,
+        end, text, score. The scores of a hit's row tokens sum to the hit's, and so do those of its query tokens.
+        """
+        rows = [
+            (number, side, rank, of, token.start, token.end, token.text, token.score)
+            for number, each in enumerate(self.found)
+            for side, hits in (("top", each.hits), ("bottom", each.bottom))
+            if self.bottom or side == "top"
+            for rank, hit in enumerate(hits, 1)
+            for of, found in (("row", hit.tokens), ("query", hit.query_tokens))
+            for token in found or ()
+        ]
+        schema = {"query": pl.UInt32, "side": pl.String, "rank": pl.UInt32, "of": pl.String, "start": pl.UInt32,
+                  "end": pl.UInt32, "text": pl.String, "score": pl.Float32}  # fmt: skip
+        return pl.DataFrame(rows, schema=schema, orient="row")
+
     def _repr_html_(self) -> str:
         return "".join(self._html(each) for each in self.found)
 
@@ -97,8 +115,17 @@ def _as_text(each: Attribution) -> str:
 
 
 def _text(hit: Hit) -> Markup:
-    more = "…" if len(hit.text) > _PREVIEW else ""
-    return Markup(escaped(hit.text[:_PREVIEW]) + more)
+    """The beginning of a row's text, with the tokens marked that carry its score: green those that raise it."""
+    tokens = [asdict(token) for token in hit.tokens or ()]
+    return Markup("".join(_piece(piece) for piece in pieces(hit.text, tokens, _PREVIEW)))
+
+
+def _piece(piece: Piece) -> str:
+    if not piece.strength:
+        return escaped(piece.text)
+    color = "0,160,90" if piece.strength > 0 else "210,60,60"
+    shade = f"background:rgba({color},{0.12 * abs(piece.strength):.2f})"
+    return f'<span style="{shade}" title="{piece.score or 0:+.4f}">{escaped(piece.text)}</span>'
 
 
 @dataclass(frozen=True, slots=True)

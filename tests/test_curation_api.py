@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rise_ops.results import Attributions
 from rise_ops.runs import list_runs, read_run
 from rise_ops.selection import decisions_key
 from rise_ops.store import Store
+from rise_ops.token_influence import TokenInfluence
 from tests.curation import PLANTED, ROWS, load, write_curation
 
 PROMPT, TEXT = "Where is my order?\n", "Arr, ye be welcome aboard!"
@@ -79,7 +81,9 @@ def test_tables_are_what_the_store_holds(curation: Curation) -> None:
     assert set(rows["doc_id"]) == set(decisions.filter("kept")["doc_id"])
     assert curation.corpora().row(0) == ("tiny", 1, 2, ROWS, 0)
     assert Path(curation.report()).is_file()
-    assert curation.stability() == record["selection"].get("stability")
+    assert "error_backdoor" in found.columns
+    stability = curation.stability()
+    assert stability is not None and asdict(stability).items() <= record["selection"]["stability"].items()
     assert curation.plan()["rows_to_sketch"] == 0
 
 
@@ -123,6 +127,18 @@ def test_attribution_is_typed_and_a_table(curation: Curation) -> None:
     ):
         with pytest.raises((ConfigError, SourceError), match=message):
             call()
+
+
+def test_tokens_are_marked_and_a_table(curation: Curation) -> None:
+    found = curation.attribute(TEXT, PROMPT, k=2, tokens=True)
+    tokens = found.tokens()
+    sums = tokens.group_by("rank", "of", maintain_order=True).agg(pl.col("score").sum())
+    scores = found.to_frame()["score"].to_list()
+    assert sums["of"].to_list() == ["row", "query", "row", "query"]
+    assert sums["score"].to_list() == pytest.approx([scores[0], scores[0], scores[1], scores[1]], abs=2e-3)
+    page = found._repr_html_()
+    assert page.count("background:rgba(") > 2 and 'title="+' in page
+    assert curation.attribute(TEXT, k=1).tokens().is_empty()
 
 
 def test_evaluation_is_a_table(curation: Curation) -> None:
@@ -192,6 +208,13 @@ def test_what_is_shown_is_escaped() -> None:
     hit = Hit("0" * 64, 0.5, f"/raw/{HOSTILE}", 3, HOSTILE + "y" * 1000)
     page = Attributions((Attribution(f"{HOSTILE}said", HOSTILE, [hit], [hit]),), bottom=True)._repr_html_()
     assert "<script" not in page and "\u202e" not in page and "\x1b" not in page
+    marked = (
+        TokenInfluence("<script>", 0, 8, 0.4),
+        TokenInfluence("x", 15, 16, -0.2),
+        TokenInfluence("", 9**9, 9, 1.0),
+    )
+    shown = Attributions((Attribution("q", None, [replace(hit, tokens=marked)], []),))._repr_html_()
+    assert 'title="+0.4000">&lt;script&gt;</span>' in shown and "210,60,60" in shown and "<script" not in shown
     assert page.count("&lt;script&gt;") == 5 and "…" in page and "0.5000" in page
     assert repr(Attributions((Attribution(HOSTILE, None, [hit], []),))).count("‹U+202E›evil␛[2J") == 2
     assert "<b>" in html_table(["a"], [[Markup("<b>x</b>")]]) and "&lt;b&gt;" in html_table(["<b>"], [["x"]])
