@@ -114,13 +114,18 @@ def make_target(queries: int, *, seed: int = 1, dim: int = DIM, columns: Sequenc
     return Target(fingerprint(seed), frame, unit(queries, dim, seed=seed))
 
 
+def _layout(dim: int) -> SketchConfig:
+    """Some sketch whose signatures have this length."""
+    return SKETCH if dim == DIM else SketchConfig(channels=("rh",), dim_r=dim, dim_h=1)
+
+
 def score_parts(indexed: Indexed, targets: Mapping[str, Target], *, aggregate: Aggregate = "mean", run_id: str = "run",
                 size: int = 1) -> list[Part]:  # fmt: skip
     """Score all blocks, `size` of them a part, as the valuation `run_id`."""
     firsts = range(0, len(indexed.blocks), size)
     parts = [part_of(fingerprint(run_id), indexed.blocks[first : first + size], first) for first in firsts]
-    valuation.score_parts(indexed.store, INDEX, parts, targets=targets, aggregate=aggregate, sketch=SKETCH,
-                          memory=2**30)  # fmt: skip
+    valuation.score_parts(indexed.store, INDEX, parts, targets=targets, aggregate=aggregate,
+                          sketch=_layout(next(iter(targets.values())).signature.shape[1]), memory=2**30)  # fmt: skip
     return parts
 
 

@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,8 +51,8 @@ class PrefectServer:
     environment: Mapping[str, str]
     """Of processes that use it: the caller's, without its settings of Prefect and without proxies."""
 
-    def api(self, method: str, path: str, body: Any = None) -> Any:
-        """Call the REST interface."""
+    def api(self, method: str, path: str, body: Any = None, *, tries: int = 20) -> Any:
+        """Call the REST interface; a server whose database is busy says so, and is asked again."""
         request = urllib.request.Request(
             f"{self.url}/api{path}",
             method=method,
@@ -64,6 +65,9 @@ class PrefectServer:
                 text = answer.read()
         except urllib.error.HTTPError as refusal:
             with refusal:
+                if refusal.code == HTTPStatus.SERVICE_UNAVAILABLE and tries > 1:
+                    time.sleep(1)
+                    return self.api(method, path, body, tries=tries - 1)
                 raise RuntimeError(f"{method} {path}: {refusal.code} {refusal.read().decode()[:2000]}") from None
         return json.loads(text) if text else None
 
