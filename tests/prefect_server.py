@@ -51,7 +51,7 @@ class PrefectServer:
     environment: Mapping[str, str]
     """Of processes that use it: the caller's, without its settings of Prefect and without proxies."""
 
-    def api(self, method: str, path: str, body: Any = None, *, tries: int = 20) -> Any:
+    def api(self, method: str, path: str, body: Any = None, *, tries: int = 60) -> Any:
         """Call the REST interface; a server whose database is busy says so, and is asked again."""
         request = urllib.request.Request(
             f"{self.url}/api{path}",
@@ -164,6 +164,7 @@ def server(folder: Path, *, database: str | None = None) -> Iterator[PrefectServ
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
     own = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3"}  # not 60: tests wait for schedules
