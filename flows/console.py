@@ -153,7 +153,8 @@ def _sketch_lines(sketch: Json) -> list[str]:
 def show_sweep(found: Json) -> None:
     """Candidates of a sweep; the one that `auto` would take is marked."""
     targets = list(found["targets"])
-    table = Table("temperature", "widths", "effective rank", "entropy", title=f"{found['rows']:,} rows of the corpus")
+    columns = ("temperature", "widths", "effective rank", "entropy")
+    table = _table(f"{found['rows']:,} rows of the corpus", *columns)
     compared = any(each["agreement"] is not None for each in found["candidates"])
     if compared:
         table.add_column("agreement")

@@ -16,7 +16,7 @@ damaged after its record was written is repaired by `write_block`; readers only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -367,47 +367,68 @@ def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> 
     return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
 
 
-def read_rows(store: Store, identity: str, places: Sequence[tuple[BlockRecord, int]]) -> Float16Array:
+def read_rows(store: Store, identity: str, places: Sequence[tuple[BlockRecord, int]], *,
+              is_known: Callable[[int, Float16Array], bool] | None = None) -> Float16Array:  # fmt: skip
     """Some rows, each named by its block and its place there, [places, dim] float16, by a range of bytes each.
 
     A range has no checksum of its own; what is not of unit length, or zero, is refused.
 
+    Parameters
+    ----------
+    is_known
+        Of a number in `places` and the row that stands there: whether it is the one that the caller has seen before.
+        Rows are then held against that instead.
+
     Raises
     ------
     IntegrityError
-        A chunk is missing, or what stands there is no signature.
+        A chunk is missing, or what stands there is no signature, or not the known one.
     """
+
+    def read(number: int) -> Float16Array:
+        record, place = places[number]
+        chunk, row = divmod(place, record.chunk_rows)
+        key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
+
+        def look() -> Float16Array:
+            data = _read_range(store, key, 2 * row * record.dim, 2 * record.dim)
+            if len(data) == record.dim and (is_known(number, data) if is_known else _is_signature(data)):
+                return data
+            where = store.url(key)
+            raise DamagedError(
+                f"row {place} of {where} is not what it was a moment ago; `curate verify --deep` notes it, and the "
+                "next run computes it again"
+                if is_known
+                else f"{where} has no signature of row {place}; run `curate verify --deep`, which notes what is "
+                "damaged, and `curate index`",
+                where,
+            )
+
+        return store.checked(key, look)
+
     if store.is_local:  # threads would only wait for each other
-        rows = [_read_row(store, identity, *place) for place in places]
+        rows = [read(number) for number in range(len(places))]
     else:
         with ContextPool(_READERS) as pool:
-            rows = list(pool.map(lambda place: _read_row(store, identity, *place), places))
+            rows = list(pool.map(read, range(len(places))))
     return np.stack(rows)
 
 
-def _read_row(store: Store, identity: str, record: BlockRecord, place: int) -> Float16Array:
-    chunk, row = divmod(place, record.chunk_rows)
-    key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
+def _read_range(store: Store, key: str, start: int, length: int) -> Float16Array:
+    """Part of an object; nothing where the object is missing or ends before it."""
+    try:
+        return np.frombuffer(store.get_range(key, start, length), "<f2")
+    except MissingObjectError:
+        return np.empty(0, np.float16)
+    except StoreError:
+        if (store.size(key) or 0) >= start + length:
+            raise
+        return np.empty(0, np.float16)
 
-    def look() -> Float16Array:
-        try:
-            data = np.frombuffer(store.get_range(key, 2 * row * record.dim, 2 * record.dim), "<f2")
-        except MissingObjectError:
-            data = np.empty(0, np.float16)
-        except StoreError:
-            if (store.size(key) or 0) >= 2 * (row + 1) * record.dim:
-                raise
-            data = np.empty(0, np.float16)
-        norm = float(np.linalg.norm(data.astype(np.float64))) if len(data) == record.dim else -1.0
-        if not (abs(norm - 1) < _NORM_ERROR or norm == 0):
-            raise DamagedError(
-                f"{store.url(key)} has no signature of row {place}; run `curate verify --deep`, which notes what is "
-                "damaged, and `curate index`",
-                store.url(key),
-            )
-        return data
 
-    return store.checked(key, look)
+def _is_signature(data: Float16Array) -> bool:
+    norm = float(np.linalg.norm(data.astype(np.float64)))
+    return abs(norm - 1) < _NORM_ERROR or norm == 0
 
 
 def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:

@@ -13,14 +13,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rise_ops.errors import DamagedError, MissingObjectError
-from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records
+from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records, read_rows
 from rise_ops.scan import read_ahead
 from rise_ops.store import Store
-from rise_ops.threads import ContextPool
 
 DIGEST_BYTES = 16
-_CONNECTIONS = 16
 
 Int64Array = npt.NDArray[np.int64]
 Digests = npt.NDArray[np.uint64]
@@ -95,37 +92,14 @@ class IndexRows:
         IntegrityError
             A row is no longer what its digest says.
         """
-        found = np.empty((len(rows), self.dim), np.float16)
-
-        def fetch(place: int) -> None:
-            found[place] = self._fetch(int(rows[place]), digests[place])
-
-        if self._store.is_local:  # threads would only wait for each other
-            for place in range(len(rows)):
-                fetch(place)
-        else:
-            with ContextPool(_CONNECTIONS) as pool:
-                list(pool.map(fetch, range(len(rows))))
-        return found
-
-    def _fetch(self, row: int, digest: Digests) -> Float16Array:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        record = self._records[number]
-        chunk, within = divmod(row - int(self._starts[number]), record.chunk_rows)
-        key = f"indexes/{self._identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
-        size = 2 * record.dim
-
-        def read() -> Float16Array:
-            try:
-                data = np.frombuffer(self._store.get_range(key, within * size, size), "<f2")
-            except MissingObjectError:
-                data = np.empty(0, np.float16)
-            if data.nbytes != size or not np.array_equal(row_digests(data[None])[0], digest):
-                raise DamagedError(
-                    f"row {within} of {self._store.url(key)} is not what it was a moment ago; `curate verify --deep` "
-                    "notes it, and the next run computes it again",
-                    self._store.url(key),
-                )
-            return data
-
-        return self._store.checked(key, read)
+        if not len(rows):
+            return np.empty((0, self.dim), np.float16)
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        places = [
+            (self._records[number], row)
+            for number, row in zip(numbers.tolist(), (rows - self._starts[numbers]).tolist(), strict=True)
+        ]
+        return read_rows(
+            self._store, self._identity, places,
+            is_known=lambda number, row: np.array_equal(row_digests(row[None])[0], digests[number]),
+        )  # fmt: skip
