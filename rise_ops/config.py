@@ -9,63 +9,33 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from rise_ops.compare_config import ClosedLoopConfig, CompareConfig, ZerothOrderMethod
+from rise_ops.config_base import FieldMap as FieldMap
+from rise_ops.config_base import Section, Url, no_url
+from rise_ops.config_base import TargetConfig as TargetConfig
 from rise_ops.errors import ConfigError
-from rise_ops.hashing import fingerprint
 
 Channel = Literal["rh", "gh", "rg"]
 
-
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over every field: two configurations with equal fingerprints do the same."""
-        return fingerprint(self.model_dump(mode="json"))
+_Queries = TypeVar("_Queries", bound=TargetConfig)
 
 
-_WITH_SECRET = re.compile(r"^[A-Za-z0-9+.-]+://[^/?#]*@")
-_SIGNED = re.compile(
-    r"(?i)://.*[?&](x-(amz|goog)-(signature|security-token)|signature|sig|(access_|auth_)?token|api_?key)="
-)
-
-
-def _without_secret(url: str) -> str:
-    if _WITH_SECRET.match(url):
-        raise ValueError("credentials do not belong in a URL; set the AWS_* variables instead")
-    if _SIGNED.search(url):
-        raise ValueError("a signed URL is a secret; give the object's own address, which the AWS_* variables may open")
-    return url
-
-
-def _no_url(name: str) -> str:
-    if "://" in name:
-        raise ValueError("a hub name or a folder, not a URL; HF_TOKEN opens what the hub does not show to everybody")
-    return name
-
-
-Url = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
-"""A path, glob or URL that names no user or password: configurations end up in records and reports."""
-
-
-class SketchConfig(_Config):
+class SketchConfig(Section):
     """The sketch of the LM-head gradient (`rise_ops.head`). Widths are per factor, not totals."""
 
     channels: tuple[Channel, ...] = Field(("rh", "gh"), description="Channels of the signature, in this order.")
@@ -100,20 +70,7 @@ class SketchConfig(_Config):
         return f"SketchConfig(dim={self.dim}, temperature={self.temperature}, fingerprint={self.fingerprint[:12]})"
 
 
-class FieldMap(_Config):
-    """Which columns hold the text. Give `text` (and optionally `prompt`, its beginning), or nothing."""
-
-    text: str | None = Field(None, description="Column with the whole text.")
-    prompt: str | None = Field(None, description="Column with the prompt that precedes `text`.")
-
-    @model_validator(mode="after")
-    def _prompt_needs_text(self) -> FieldMap:
-        if self.prompt is not None and self.text is None:
-            raise ValueError("cannot use 'prompt' without specifying 'text'")
-        return self
-
-
-class CorpusConfig(_Config):
+class CorpusConfig(Section):
     """A named set of source objects."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the corpus in the store.")
@@ -126,10 +83,10 @@ class CorpusConfig(_Config):
         return (value,) if isinstance(value, str) else value
 
 
-class ModelConfig(_Config):
+class ModelConfig(Section):
     """A Hugging Face causal language model."""
 
-    name: Annotated[str, AfterValidator(_no_url)] = Field(min_length=1, description="Hub name or folder.")
+    name: Annotated[str, AfterValidator(no_url)] = Field(min_length=1, description="Hub name or folder.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -138,14 +95,7 @@ class ModelConfig(_Config):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off unless asked.")
 
 
-class TargetConfig(_Config):
-    """A named set of queries: text whose loss the curated rows should lower (or raise)."""
-
-    queries: Url = Field(description="File or glob with the queries, in any format that sources may have.")
-    fields: FieldMap = Field(default_factory=lambda: FieldMap(), description="Columns; default: known row shapes.")
-
-
-class KeepConfig(_Config):
+class KeepConfig(Section):
     """How much to keep. Several conditions must all hold; none keeps every row."""
 
     rows: int | None = Field(None, gt=0, description="At most this many rows.")
@@ -157,7 +107,7 @@ class KeepConfig(_Config):
     )
 
 
-class ExcludeConfig(_Config):
+class ExcludeConfig(Section):
     """Rows that go whatever their value: by their score on a target, or by what they say. One of the two."""
 
     target: str | None = Field(None, description="Target whose most influential rows go.")
@@ -197,7 +147,7 @@ class ExcludeConfig(_Config):
         return self
 
 
-class Quota(_Config):
+class Quota(Section):
     """Bounds on what a group of rows has of the kept ones."""
 
     min_rows: int | None = Field(None, gt=0, description="At least so many rows, taken before all others.")
@@ -240,21 +190,21 @@ class LabelQuota(Quota):
     )
 
 
-class NearDuplicates(_Config):
+class NearDuplicates(Section):
     """Of rows whose signatures are nearly parallel only the one of the highest value stays."""
 
     cosine: float = Field(gt=0.5, le=1, description="Cosine of the signatures from which rows are duplicates.")
     recall: float = Field(0.99, gt=0, lt=1, description="Part of the pairs at this cosine that is found, at least.")
 
 
-class DiversityConfig(_Config):
+class DiversityConfig(Section):
     """The best rows are put in an order in which each is far from those before it."""
 
     method: Literal["k_center"] = Field("k_center", description="Greedy k-centre (Gonzalez, 1985).")
     candidates: float = Field(4.0, gt=1, description="So many times the budget of the best rows are looked at.")
 
 
-class SampleConfig(_Config):
+class SampleConfig(Section):
     """Rows are drawn at random, the better ones more often, instead of taken from the best down."""
 
     seed: int = Field(0, ge=0, description="The same seed draws the same rows.")
@@ -265,7 +215,7 @@ class SampleConfig(_Config):
     )
 
 
-class SelectionConfig(_Config):
+class SelectionConfig(Section):
     """Which rows are kept. The steps work in the order of these keys, then the budget of `keep` is filled."""
 
     exclude: tuple[ExcludeConfig, ...] = Field((), description="Rows that go, by target or pattern.")
@@ -294,14 +244,14 @@ class SelectionConfig(_Config):
         return self
 
 
-class SimHashConfig(_Config):
+class SimHashConfig(Section):
     """Sign codes of signatures: 48 times smaller than the index at the default width."""
 
     bits: int = Field(8_192, ge=64, multiple_of=64, description="Bits of a row.")
     seed: int = Field(42, ge=0, description="Seed of the rotation.")
 
 
-class TuningConfig(_Config):
+class TuningConfig(Section):
     """Temperature and widths chosen on a sample, before the corpus is indexed."""
 
     temperature: bool = Field(False, description="Choose sketch.temperature; also written sketch.temperature: auto.")
@@ -313,7 +263,7 @@ class TuningConfig(_Config):
     seed: int = Field(0, ge=0, description="Of the sample. Another one makes another choice.")
 
 
-class ExportConfig(_Config):
+class ExportConfig(Section):
     """How the curated subset is published."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Default: the corpus' name.")
@@ -323,7 +273,7 @@ class ExportConfig(_Config):
     )
 
 
-class RunnerConfig(_Config):
+class RunnerConfig(Section):
     """Where tasks run."""
 
     kind: Literal["threads", "dask", "ray"] = Field(
@@ -344,7 +294,7 @@ class RunnerConfig(_Config):
         return self
 
 
-class LimitsConfig(_Config):
+class LimitsConfig(Section):
     """What a run may use, and how much bad input it takes."""
 
     bad_rows: float = Field(0.01, ge=0, description="Rejected rows: a fraction below 1, or a number of rows.")
@@ -352,7 +302,7 @@ class LimitsConfig(_Config):
     memory: ByteSize = Field(ByteSize(8 * 2**30), ge=2**28, description="Working memory of a stage.")
 
 
-class CurationConfig(_Config):
+class CurationConfig(Section):
     """One curation, from sources to export."""
 
     store: Url = Field(description="Root of the store: a folder or s3://bucket/prefix.")
@@ -370,6 +320,8 @@ class CurationConfig(_Config):
     simhash: SimHashConfig | None = Field(None, description="Write codes with the index.")
     selection: SelectionConfig = Field(default_factory=lambda: SelectionConfig())
     export: ExportConfig = Field(default_factory=lambda: ExportConfig())
+    compare: CompareConfig = Field(default_factory=lambda: CompareConfig())
+    closed_loop: ClosedLoopConfig | None = Field(None, description="Train on what several methods select.")
     runner: RunnerConfig = Field(default_factory=lambda: RunnerConfig())
     limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
 
@@ -481,23 +433,43 @@ def resolve_path(path: str, base: Path) -> str:
     return path if "://" in path else os.path.normpath(base / Path(path).expanduser())
 
 
+def _model_path(name: str, base: Path) -> str:
+    return resolve_path(name, base) if name.startswith((".", "/", "~")) or (base / name).is_dir() else name
+
+
 def _absolute(config: CurationConfig, base: Path) -> CurationConfig:
-    model = config.model
-    if model.name.startswith((".", "/", "~")) or (base / model.name).is_dir():
-        model = model.model_copy(update={"name": resolve_path(model.name, base)})
+    model = config.model.model_copy(update={"name": _model_path(config.model.name, base)})
     sources = tuple(resolve_path(source, base) for source in config.corpus.sources)
-    targets = {
-        name: target.model_copy(update={"queries": resolve_path(target.queries, base)})
-        for name, target in config.targets.items()
-    }
+    targets = {name: _absolute_queries(target, base) for name, target in config.targets.items()}
+    loop = config.closed_loop
+    if loop is not None:
+        held_out = {name: _absolute_queries(each, base) for name, each in loop.held_out.items()}
+        choices = loop.choices and _absolute_queries(loop.choices, base)
+        loop = loop.model_copy(update={"held_out": held_out, "choices": choices})
     return config.model_copy(
         update={
+            "compare": _absolute_checkpoints(config.compare, base),
+            "closed_loop": loop,
             "store": resolve_path(config.store, base),
             "corpus": config.corpus.model_copy(update={"sources": sources}),
             "model": model,
             "targets": targets,
         }
     )
+
+
+def _absolute_queries(target: _Queries, base: Path) -> _Queries:
+    return target.model_copy(update={"queries": resolve_path(target.queries, base)})
+
+
+def _absolute_checkpoints(compare: CompareConfig, base: Path) -> CompareConfig:
+    methods = tuple(
+        each.model_copy(update={"checkpoints": tuple(_model_path(name, base) for name in each.checkpoints)})
+        if isinstance(each, ZerothOrderMethod)
+        else each
+        for each in compare.methods
+    )
+    return compare.model_copy(update={"methods": methods})
 
 
 def _set(document: dict[str, Any], override: str) -> None:

@@ -1,0 +1,80 @@
+"""What is known of a model before it is loaded: its sizes, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from rise_ops.config import ModelConfig
+from rise_ops.errors import ModelError
+from rise_ops.model_files import first_line, resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a causal language model."""
+
+    parameters: int
+    """Tied ones count once."""
+    vocab_size: int
+    """Rows of the LM head's weight."""
+    hidden_dim: int
+    layers: int
+    inner_dim: int
+    """Width of the feed-forward layers."""
+    max_positions: int | None
+    """Tokens that the model reads."""
+    modules: tuple[tuple[int, int], ...]
+    """(out, in) of the linear modules, without the LM head."""
+
+
+def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
+    """Sizes of the model that a transformers configuration describes; no weight is allocated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return shape_of_model(model)
+
+
+def shape_of_model(model: Any) -> ModelShape:
+    """Sizes of a model that is there."""
+    from torch import nn
+
+    text, head = model.config.get_text_config(), model.get_output_embeddings()
+    linear = [each for each in model.modules() if isinstance(each, nn.Linear) and each is not head]
+    limit = getattr(text, "max_position_embeddings", None)
+    vocab, hidden = head.weight.shape
+    return ModelShape(
+        parameters=sum(each.numel() for each in model.parameters()),
+        vocab_size=int(vocab),
+        hidden_dim=int(hidden),
+        layers=int(text.num_hidden_layers),
+        inner_dim=int(getattr(text, "intermediate_size", None) or 4 * hidden),
+        max_positions=int(limit) if limit else None,
+        modules=tuple((each.out_features, each.in_features) for each in linear),
+    )
+
+
+@lru_cache(8)
+def model_shape(config: ModelConfig) -> ModelShape:
+    """Sizes of a configured model, from its `config.json`.
+
+    Raises
+    ------
+    ModelError
+        It cannot be found or is no causal language model.
+    """
+    from transformers import AutoConfig
+
+    files = resolve_model(config)
+    try:
+        found = AutoConfig.from_pretrained(
+            files.location, revision=files.commit, trust_remote_code=config.trust_remote_code
+        )
+        return shape_of(found, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise ModelError(f"model {config.name} is no causal language model that is known here: {first_line(error)}"
+                         ) from error  # fmt: skip
