@@ -350,6 +350,49 @@ def evaluate(
 
 
 @app.command()
+def compare(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """RISE and its alternatives side by side on the same rows, queries and model: quality, time, memory, bytes."""
+    from flows.compare import compare as compare_flow
+    from flows.console import show_comparison
+    from rise_ops.config import load_config
+
+    loaded = load_config(config, overrides=set_ or [])
+    summary = _as_flow(lambda: compare_flow(loaded))
+    _emit(summary, json_, lambda: show_comparison(summary))
+
+
+@app.command()
+def paper(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="howdy, finance_medical or brain_rot.")],
+    pool: Annotated[list[str], typer.Option(help="File or glob with the rows; may be given several times.")],
+    queries: Annotated[str, typer.Option(help="File with the queries.")],
+    store: Annotated[str, typer.Option(help="Root of the store: a folder or s3://bucket/prefix.")] = "curate-paper",
+    trained: Annotated[str | None, typer.Option(help="Model that was trained on the pool: retrospective.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model that was not, or not yet: prospective.")] = None,
+    filler: Annotated[list[str] | None, typer.Option(help="More rows, to hide the pool's among.")] = None,
+    dilute: Annotated[str, typer.Option(help="Also with so many times fewer positive rows, such as 20,200.")] = "1",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that draws random numbers.")] = 3,
+    memory: Annotated[str, typer.Option(help="Working memory of a method; one that needs more is not tried.")] = "8GiB",
+    json_: AsJson = False,
+) -> None:
+    """One of the three tasks of the paper, on your files and models."""
+    from flows.console import show_comparison
+    from flows.paper import TASKS
+
+    if task not in TASKS:
+        raise ConfigError(f"{task}: not one of {', '.join(TASKS)}")
+    options = {"filler": filler or [], "dilute": _decimals(dilute, "--dilute"), "seeds": seeds,
+               "limits": {"memory": memory}}  # fmt: skip
+    found = _as_flow(lambda: TASKS[task](store, pool, queries, trained, base, options))
+
+    def show() -> None:
+        for setting, summary in found.items():
+            show_comparison(summary, title=f"{task}, {setting}")
+
+    _emit(found, json_, show)
+
+
+@app.command()
 def watch(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
     """One look: have the sources changed? Tells a Prefect server, if one is configured, by an event."""
     from flows.console import show_changes
@@ -502,8 +545,14 @@ def _run_until(until: Until, config: Path, overrides: list[str] | None, json_: b
 
 
 def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict[str, Any]:
-    from flows.console import note, progress_bars
     from flows.curate import curate
+
+    return _as_flow(lambda: curate(config, until, deep=deep))
+
+
+def _as_flow(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a flow, on a temporary server where none is configured, with bars for its stages."""
+    from flows.console import note, progress_bars
     from flows.temporary_server import temporary_server
     from tasks.progress import listening
 
@@ -513,11 +562,10 @@ def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict
             stack.enter_context(temporary_server())
         stack.enter_context(listening(stack.enter_context(progress_bars())))
         try:
-            summary: dict[str, Any] = curate(config, until, deep=deep)
+            return run()
         except KeyboardInterrupt:
             typer.echo("curate: interrupted; give the same command again to go on", err=True)
             raise
-        return summary
 
 
 def _has_server() -> bool:
@@ -536,13 +584,13 @@ def _opened(uri: str) -> Store:
     return store
 
 
-def _decimals(text: str) -> tuple[float, ...]:
+def _decimals(text: str, option: str = "--temperatures") -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
     if not found or not all(0 < each < float("inf") for each in found):
-        raise ConfigError(f"--temperatures {text}: write numbers above 0, such as 0.1,0.5,1")
+        raise ConfigError(f"{option} {text}: write numbers above 0, such as 0.1,0.5,1")
     return found
 
 

@@ -138,7 +138,7 @@ def evaluate(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, target
         rows=counts.rows,
         positives=sum(counts.wanted.get(value, 0) for value in set(wanted)),
         queries=len(wanted),
-        top_k={str(k): _mean(values) for k, values in figures.items()},
+        top_k={str(k): mean_figures(values) for k, values in figures.items()},
     )
 
 
@@ -204,7 +204,8 @@ def _figures(top: pl.DataFrame, bottom: pl.DataFrame, want: str, k: int) -> tupl
     return average_precision(relevant), roc_area(relevant), float(relevant[: best.height].mean())
 
 
-def _mean(values: Sequence[tuple[float, float | None, float]]) -> dict[str, float | None]:
+def mean_figures(values: Sequence[tuple[float, float | None, float]]) -> dict[str, float | None]:
+    """Means over queries of (auprc, auroc, precision); auROC over those that have one."""
     areas = [area for _, area, _ in values if area is not None]
     return {
         "auprc": float(np.mean([value[0] for value in values])),
@@ -214,11 +215,22 @@ def _mean(values: Sequence[tuple[float, float | None, float]]) -> dict[str, floa
 
 
 def _wanted(target: Target, label: Label) -> list[str]:
+    return wanted_labels([json.loads(meta) for meta in target.queries["meta"].to_list()], label)
+
+
+def wanted_labels(queries: Sequence[Mapping[str, Any]], label: Label) -> list[str]:
+    """What label a row must have to be positive, for each query with its columns.
+
+    Raises
+    ------
+    ConfigError
+        A query has not the field and no value is given.
+    """
     if label.value is not None:
-        return [label.value] * len(target.queries)
+        return [label.value] * len(queries)
     values = []
-    for number, meta in enumerate(target.queries["meta"].to_list(), 1):
-        own = json.loads(meta).get(label.field)
+    for number, columns in enumerate(queries, 1):
+        own = columns.get(label.field)
         if own is None:
             raise ConfigError(
                 f"--label {label.field}: query {number} has no '{label.field}'; give the value as {label.field}=VALUE"
@@ -227,7 +239,7 @@ def _wanted(target: Target, label: Label) -> list[str]:
     return values
 
 
-def _label_of(frame: pl.DataFrame, field: str) -> pl.Series:
+def label_column(frame: pl.DataFrame, field: str) -> pl.Series:
     """The field of each row as text; null where a row has none."""
 
     def pick(row: Mapping[str, Any]) -> str | None:
@@ -243,7 +255,7 @@ def count_labels(store: Store, blocks: Sequence[str], field: str, wanted: Iterab
     """Count the rows with some values of a field; a field may have as many values as there are rows."""
     counts = LabelCounts(0, dict.fromkeys(wanted, 0), [])
     for block_id in blocks:
-        labels = _label_of(read_block(store, block_id, columns=_COLUMNS), field)
+        labels = label_column(read_block(store, block_id, columns=_COLUMNS), field)
         counts.rows += len(labels)
         found = dict(labels.drop_nulls().value_counts().iter_rows())
         for value in counts.wanted.keys() & found.keys():
@@ -258,5 +270,5 @@ def _labels(store: Store, blocks: Sequence[str], extremes: pl.DataFrame, field: 
     parts = []
     for part in hits.partition_by("block", maintain_order=True):
         content = read_block(store, blocks[part["block"][0]], columns=_COLUMNS)
-        parts.append(part.with_columns(_label_of(content[part["block_row"].to_list()], field)))
+        parts.append(part.with_columns(label_column(content[part["block_row"].to_list()], field)))
     return extremes.join(pl.concat(parts), on=["block", "block_row"], how="left")

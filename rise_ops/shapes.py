@@ -117,6 +117,34 @@ class TuningShape:
 
 
 @dataclass(frozen=True, slots=True)
+class FactsShape:
+    """comparisons/<comparison_id>/facts.json."""
+
+    rows: Count
+    tokens: Count
+    text_bytes: Count
+    positives: dict[str, Count]
+
+
+@dataclass(frozen=True, slots=True)
+class _Diluted:
+    rows: Count
+    positives: Count
+    top_k: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeShape:
+    """comparisons/<comparison_id>/<method_id>.json."""
+
+    load_seconds: float
+    index_seconds: float
+    query_seconds: float
+    index_bytes: Count
+    settings: dict[str, _Diluted]
+
+
+@dataclass(frozen=True, slots=True)
 class TargetShape:
     """targets/<target_id>.json."""
 

@@ -1,0 +1,59 @@
+"""Similarity of representations: the cosine of mean-pooled last hidden states, those that enter the LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rise_ops.baselines.base import Float32Array, Need, Query, Setting, VectorMethod
+from rise_ops.baselines.language import BATCH_TOKENS, Tokens, batches, tokenized
+from rise_ops.compare_config import HiddenStateMethod
+
+
+class HiddenState(VectorMethod):
+    """The states from which the counted tokens are predicted, averaged."""
+
+    paper = "mean pooling, Reimers and Gurevych, 2019 (arXiv 1908.10084)"
+
+    def __init__(self, setting: Setting, config: HiddenStateMethod) -> None:
+        super().__init__(setting)
+        self._config = config
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self.setting.shape.hidden_dim
+
+    def need(self) -> Need:
+        """One batch through the trunk."""
+        return forward_need(self.setting, self._config.max_tokens, logits=False)
+
+    def row_vectors(self, texts: Sequence[str]) -> npt.NDArray[Any]:
+        """Unit vectors, float16; zeros for a row of fewer than two tokens."""
+        return self._pooled([Query(text) for text in texts]).astype(np.float16)
+
+    def query_vectors(self, queries: Sequence[Query]) -> Float32Array:
+        """Unit vectors; of a query with a prompt only what predicts the tokens after it counts."""
+        return self._pooled(queries)
+
+    @torch.inference_mode()
+    def _pooled(self, queries: Sequence[Query]) -> Float32Array:
+        texts: list[Tokens] = tokenized(self.trunk, queries, max_tokens=self._config.max_tokens)
+        found = np.zeros((len(texts), self.width), np.float32)
+        for batch in batches(self.trunk, texts):
+            hidden = self.trunk.hidden_states(batch.ids, batch.lengths)[:, :-1].float()
+            mean = (hidden * batch.counts[..., None]).sum(dim=1)
+            found[batch.places] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+        return found
+
+
+def forward_need(setting: Setting, max_tokens: int, *, logits: bool) -> Need:
+    """Working memory of a forward pass over a batch, in float32: activations of a layer, and logits where asked for."""
+    tokens = max(max_tokens, BATCH_TOKENS)
+    shape = setting.shape
+    each = 10 * shape.hidden_dim + 3 * shape.inner_dim + (3 * shape.vocab_size if logits else 0)
+    return Need(4 * tokens * each, f"a forward pass over {tokens:,} tokens" + (" with logits" if logits else ""))
