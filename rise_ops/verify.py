@@ -30,7 +30,7 @@ from rise_ops.objects import read_record as read_object_record
 from rise_ops.packs import read_pack
 from rise_ops.runs import read_run
 from rise_ops.selection import decisions_key
-from rise_ops.shapes import CodesShape, PartShape, TargetShape, TuningShape
+from rise_ops.shapes import CodesShape, FactsShape, OutcomeShape, PartShape, TargetShape, TuningShape
 from rise_ops.signatures import load_tables
 from rise_ops.simhash import SimHash
 from rise_ops.store import Store
@@ -96,6 +96,7 @@ def _checks(store: Store, *, deep: bool) -> Iterator[_Check]:
     yield from _exports(store, deep=deep)
     yield from _runs(store)
     yield from _tunings(store)
+    yield from _comparisons(store)
 
 
 def _corpora(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[_Check]:
@@ -343,6 +344,16 @@ def _tunings(store: Store) -> Iterator[_Check]:
             store.get_json(key, shape=TuningShape)
 
         yield _Check(f"tunings/{name}", GONE, look)
+
+
+def _comparisons(store: Store) -> Iterator[_Check]:
+    for name in store.children("comparisons"):
+        for file in store.children(f"comparisons/{name}"):
+
+            def look(key: str = f"comparisons/{name}/{file}") -> None:
+                store.get_json(key, shape=FactsShape if key.endswith("/facts.json") else OutcomeShape)
+
+            yield _Check(f"comparisons/{name}/{file}", AGAIN, look)
 
 
 def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:
