@@ -7,7 +7,8 @@ Kept are
 - runs: the recorded ones whose corpus version is kept, and failed ones that are younger than the oldest kept
   version of their corpus. What a killed run left goes;
 - whatever these name: snapshots, object records, packs, blocks, the index blocks of kept blocks, scores,
-  quarantine, comparisons; indexes that still have a block or a run, and their targets and codes; attributions of these versions.
+  quarantine, comparisons; indexes that still have a block or a run, and their targets and codes; attributions of
+  these versions.
 
 Everything is decided before anything is removed. Records go before what they vouch for, so that whatever moment
 the collector is stopped at, no reader takes half of something for the whole. It gives a sign of life

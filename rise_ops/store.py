@@ -52,8 +52,8 @@ _MULTIPART_BYTES = 64 * 2**20
 T = TypeVar("T")
 
 STORE_FOLDERS = frozenset(
-    ("alive", "attributions", "blocks", "comparisons", "corpora", "damage", "exports", "indexes", "objects", "quarantine", "runs",
-     "scores", "snapshots", "targets", "tunings")
+    ("alive", "attributions", "blocks", "comparisons", "corpora", "damage", "exports", "indexes", "objects",
+     "quarantine", "runs", "scores", "snapshots", "targets", "tunings")
 )  # fmt: skip
 """What lies at the root of a store."""
 
