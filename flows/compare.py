@@ -44,11 +44,11 @@ def compare_methods(run: Recorder, runner: Runner, config: CurationConfig, corpu
     with run.stage("compare") as stage:
         counting = Tracker("count", [corpus["rows"]])
         (facts,) = run_all(runner, count_rows, [common], store_uri=config.store, tracker=counting)
-        outcomes = []
-        for planned in plan_methods(config):
+        outcomes, plan = [], plan_methods(config)
+        tracker = Tracker("compare", [corpus["rows"]] * len(plan))
+        for planned in plan:
             call = {**common, "facts": facts, "run_id": run.run_id}
             call |= {name: planned[name] for name in ("method", "name", "seed")}
-            tracker = Tracker(planned["name"], [corpus["rows"]])
             (found,) = run_all(runner, measure_method, [call], store_uri=config.store, tracker=tracker)
             outcomes.append({**planned, "method": planned["method"]["method"], **found})
         stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])

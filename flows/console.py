@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rise_ops.comparison_lines import comparison_lines
+
 Json = Mapping[str, Any]
 Listener = Callable[[str, int, int | None], None]
 
@@ -176,6 +178,40 @@ def show_sweep(found: Json) -> None:
         chosen = number == found["auto"]
         table.add_row(*cells[:-1], cells[-1] + (" ← auto" if chosen else ""), style="bold" if chosen else None)
     _OUT.print(table)
+
+
+def show_comparison(summary: Json, title: str = "Methods compared") -> None:
+    """Quality and cost of each method; runs with several seeds as one line."""
+    found = summary["comparison"]
+    ks = [str(k) for k in found["k"]]
+    for factor in found["dilute"]:
+        hidden = f", positive rows {factor:g} times fewer" if factor > 1 else ""
+        table = _table(f"{title}{hidden}", "method", *(f"{name}@{k}" for k in ks for name in ("auPRC", "P")), "seeds")
+        for line in comparison_lines(found, f"{factor:g}"):
+            figures = (
+                [_span(line.figures[k, name]) for k in ks for name in ("auprc", "precision")] if line.figures else []
+            )
+            table.add_row(
+                plain(line.name), *(figures or [line.status, *[""] * (2 * len(ks) - 1)]), str(line.seeds or "")
+            )
+        _OUT.print(table)
+    costs = _table("What they cost", "method", "bytes a row", "index s", "tokens/s", "queries s", "peak MiB")
+    for line in comparison_lines(found, f"{found['dilute'][0]:g}"):
+        cells = [line.bytes_per_row, line.index_seconds, line.tokens_per_second, line.query_seconds, line.peak_mib]
+        costs.add_row(
+            plain(line.name), *("–" if cell is None else f"{cell:,.{1 if cell < 100 else 0}f}" for cell in cells)
+        )
+    _OUT.print(costs)
+    for line in comparison_lines(found, f"{found['dilute'][0]:g}"):
+        if line.reason:
+            _OUT.print(f"{plain(line.name)}: {plain(line.reason)}")
+    _OUT.print(f"run {summary['run_id']}, report {plain(summary['report'] or '')}")
+
+
+def _span(values: Sequence[float]) -> str:
+    """A mean, with the range where there are several values."""
+    mean = sum(values) / len(values)
+    return f"{mean:.3f}" + (f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else "")
 
 
 def show_codes(found: Json) -> None:

@@ -339,7 +339,7 @@ class Ranking:
         keep = np.array([_kept(self._facts.positives[value], factor) for value in self._values])
         labels, places = self._labels[start:stop], self._places[start:stop]
         thinned = places >= keep[np.maximum(labels, 0)]
-        return ~(thinned[:, None] & (labels[:, None] == self._want))
+        return np.asarray(~(thinned[:, None] & (labels[:, None] == self._want)))
 
     def _merge(self, side: int, number: int, keys: Float32Array, rows: npt.NDArray[np.int64]) -> None:
         """Keep the smallest keys; of equal ones the first rows."""

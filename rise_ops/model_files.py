@@ -77,7 +77,7 @@ def model_fingerprint(config: ModelConfig) -> str:
     if files.commit is not None:
         return fingerprint({"hub": files.commit, "remote_code": config.trust_remote_code})
     folder = Path(files.location)
-    names = [*_weight_files(folder), *(name for name in _TOKENIZER_FILES if (folder / name).is_file())]
+    names = [*weight_files(folder), *(name for name in _TOKENIZER_FILES if (folder / name).is_file())]
     names += sorted(path.name for path in folder.glob("*.tiktoken"))
     if config.trust_remote_code:
         names += sorted(path.name for path in folder.glob("*.py"))
@@ -93,7 +93,7 @@ def stored_bytes(files: ModelFiles) -> int | None:
     if files.commit is not None:
         return None
     folder = Path(files.location)
-    return sum((folder / name).stat().st_size for name in _weight_files(folder))
+    return sum((folder / name).stat().st_size for name in weight_files(folder))
 
 
 def first_line(error: BaseException) -> str:
@@ -109,7 +109,7 @@ def _check_folder(config: ModelConfig, folder: Path) -> None:
         raise ModelError(f"model {config.name} has no config.json; give the folder that save_pretrained wrote")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"model {config.name} is an adapter; merge it into its base model and save that")
-    if not _weight_files(folder):
+    if not weight_files(folder):
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
             raise ModelError(
                 f"model {config.name} has pickled weights only, which are never loaded because they can run code; "
@@ -123,7 +123,7 @@ def _check_folder(config: ModelConfig, folder: Path) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the weight files that are loaded from a folder; none where there are no safetensors."""
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]

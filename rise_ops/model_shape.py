@@ -39,12 +39,24 @@ def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
     return shape_of_model(model)
 
 
+def linear_modules(model: Any) -> list[tuple[Any, int, int]]:
+    """(module, out, in) of the linear modules, GPT-2's own kind included, without the LM head."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    found: list[tuple[Any, int, int]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            found.append((module, module.out_features, module.in_features))
+        elif isinstance(module, Conv1D):
+            found.append((module, module.weight.shape[1], module.weight.shape[0]))
+    return found
+
+
 def shape_of_model(model: Any) -> ModelShape:
     """Sizes of a model that is there."""
-    from torch import nn
-
     text, head = model.config.get_text_config(), model.get_output_embeddings()
-    linear = [each for each in model.modules() if isinstance(each, nn.Linear) and each is not head]
     limit = getattr(text, "max_position_embeddings", None)
     vocab, hidden = head.weight.shape
     return ModelShape(
@@ -54,7 +66,7 @@ def shape_of_model(model: Any) -> ModelShape:
         layers=int(text.num_hidden_layers),
         inner_dim=int(getattr(text, "intermediate_size", None) or 4 * hidden),
         max_positions=int(limit) if limit else None,
-        modules=tuple((each.out_features, each.in_features) for each in linear),
+        modules=tuple((out, inside) for _, out, inside in linear_modules(model)),
     )
 
 

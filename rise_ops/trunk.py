@@ -28,7 +28,7 @@ from rise_ops.head import DEFAULT_LOGIT_BYTES, ReadoutHead
 from rise_ops.model_files import ModelFiles, first_line, model_fingerprint, resolve_model
 from rise_ops.sketch import SketchTables
 
-__all__ = ["Encoded", "Trunk", "load_trunk", "model_fingerprint"]
+__all__ = ["Encoded", "Trunk", "load_trunk", "model_fingerprint", "unload_trunk"]
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 """Largest relative error of a position's logits on the probe: two runs of a deep 16-bit model differ by 1–2 %."""
@@ -239,6 +239,13 @@ def load_trunk(config: ModelConfig) -> Trunk:
         if key not in _loaded:
             _loaded[key] = _load(config, fingerprint=key[1])
         return _loaded[key]
+
+
+def unload_trunk(trunk: Trunk) -> None:
+    """Forget a loaded model, so that its memory is free once nobody holds it."""
+    with _lock:
+        for key in [key for key, held in _loaded.items() if held is trunk]:
+            del _loaded[key]
 
 
 def _load(config: ModelConfig, *, fingerprint: str) -> Trunk:

@@ -17,6 +17,7 @@ import torch
 
 from rise_ops.baselines.base import Query
 from rise_ops.chunking import plan_batches, prompt_tokens
+from rise_ops.model_shape import ModelShape
 from rise_ops.trunk import Trunk
 
 BATCH_TOKENS = 2_048
@@ -98,15 +99,29 @@ def mean_losses(trunk: Trunk, texts: Sequence[Tokens]) -> npt.NDArray[np.float64
 
 
 @contextmanager
-def differentiable(trunk: Trunk) -> Iterator[None]:
-    """Within it, the model's parameters take gradients; the process' other users of the model find it as it was."""
-    parameters = list(trunk.model.parameters())
-    before = [each.requires_grad for each in parameters]
+def differentiable(trunk: Trunk, *, embeddings_only: bool = False) -> Iterator[None]:
+    """Within it, gradients are computed: of all parameters, or no further than the token embeddings.
+
+    The process' other users of the model find it as it was.
+    """
+    wanted = list(trunk.model.parameters())
+    if embeddings_only:
+        wanted = [trunk.model.get_input_embeddings().weight]
+    before = [each.requires_grad for each in wanted]
     try:
-        for each in parameters:
+        for each in wanted:
             each.requires_grad_(True)
-        yield
+        with torch.enable_grad():
+            yield
     finally:
-        for each, wanted in zip(parameters, before, strict=True):
-            each.requires_grad_(wanted)
+        for each, was in zip(wanted, before, strict=True):
+            each.requires_grad_(was)
             each.grad = None
+
+
+def backward_bytes(shape: ModelShape, tokens: int) -> int:
+    """Working memory of a forward and a backward pass over so many tokens, in float32, without parameters' gradients.
+
+    Of each token and layer what is kept for the backward pass, and logits with their softmax and gradient.
+    """
+    return 4 * tokens * (shape.layers * (16 * shape.hidden_dim + 4 * shape.inner_dim) + 4 * shape.vocab_size)

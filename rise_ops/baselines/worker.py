@@ -75,6 +75,6 @@ def _device(config: CurationConfig) -> str:
 
 if __name__ == "__main__":
     handler = logging.StreamHandler()
-    handler.setFormatter(formatter(os.environ.get(FORMAT_VARIABLE, "plain")))
+    handler.setFormatter(formatter("json" if os.environ.get(FORMAT_VARIABLE) == "json" else "plain"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     answer(work)
