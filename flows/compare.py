@@ -50,7 +50,7 @@ def compare_methods(run: Recorder, runner: Runner, config: CurationConfig, corpu
             call = {**common, "facts": facts, "run_id": run.run_id}
             call |= {name: planned[name] for name in ("method", "name", "seed")}
             (found,) = run_all(runner, measure_method, [call], store_uri=config.store, tracker=tracker)
-            outcomes.append({**planned, "method": planned["method"]["method"], **found})
+            outcomes.append({**planned, "method": planned["method"]["method"], **found, "cached": found["reused"]})
         stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
         for found in outcomes:
             if found["status"] == "completed":

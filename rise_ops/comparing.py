@@ -94,7 +94,7 @@ def measure(store: Store, config: CurationConfig, version: CorpusVersion, *, fac
     -------
     dict
         status (completed, infeasible, failed), reason, need, and of a completed one what `rise_ops.comparison.Outcome`
-        has, with `cached`.
+        has, and whether it was there already (reused).
 
     Raises
     ------
@@ -103,7 +103,7 @@ def measure(store: Store, config: CurationConfig, version: CorpusVersion, *, fac
     """
     material = open_material(store, config, version)
     known = Facts(**{name: facts[name] for name in Facts.__slots__})
-    about: Json = {"paper": METHODS[method.method].paper, "need": None, "cached": False}
+    about: Json = {"paper": METHODS[method.method].paper, "need": None, "reused": False}
     try:
         waiting = method.model_copy(update={"temperature": None}) if isinstance(method, RiseMethod) else method
         opened = open_method(waiting, setting_of(config, material, known, scratch=Scratch(Path(), 0), seed=seed))
@@ -120,8 +120,8 @@ def measure(store: Store, config: CurationConfig, version: CorpusVersion, *, fac
 def _outcome(store: Store, config: CurationConfig, version: CorpusVersion, material: Material, *, facts: Facts,
              method: MethodConfig, seed: int, run_id: str, progress: Progress) -> Json:  # fmt: skip
     key = method_key(material, config, method, seed)
-    cached = store.exists(key)
-    if not cached:
+    reused = store.exists(key)
+    if not reused:
         call = {
             "config": config.model_dump(mode="json"),
             "store_uri": store.uri,
@@ -132,7 +132,7 @@ def _outcome(store: Store, config: CurationConfig, version: CorpusVersion, mater
             "run_id": run_id,
         }
         store.create_json(key, run_isolated(_WORKER, call, progress=progress))
-    return {**store.get_json(key, format_version=FORMAT_VERSION, shape=OutcomeShape), "cached": cached, "key": key}
+    return {**store.get_json(key, format_version=FORMAT_VERSION, shape=OutcomeShape), "reused": reused, "key": key}
 
 
 def _derived(found: Json, facts: Facts) -> Json:

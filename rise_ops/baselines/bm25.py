@@ -6,6 +6,7 @@ prompt counts like the rest of it. The index is in memory, as the library makes 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 
@@ -41,6 +42,7 @@ class Bm25(Method):
         """The inverted index of all rows."""
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells all of its steps on stderr
         self._vocabulary: dict[str, int] = {}
         found: list[list[int]] = []
         for texts in rows:
