@@ -147,6 +147,10 @@ def _watcher(part: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any
                 f"{list(entered.shape)}; leave this method out for this model"
             )
         inner = entered.float() @ right
-        output.register_hook(lambda back: part.add_((back.float() @ left).transpose(1, 2) @ inner))
+
+        def backward(back: torch.Tensor) -> None:
+            part.add_((back.float() @ left).transpose(1, 2) @ inner)
+
+        output.register_hook(backward)
 
     return forward
