@@ -393,6 +393,36 @@ def paper(
 
 
 @app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One preset, such as pythia-1b.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Build random weights of NAME and measure speed and memory.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Random tokens that are measured.")] = 16_384,
+    memory: Annotated[str, typer.Option(help="Working memory beside the weights.")] = "8GiB",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    json_: AsJson = False,
+) -> None:
+    """Model presets: sizes, memory and recommended sketch widths; what random weights of one do on this machine."""
+    from dataclasses import asdict
+
+    from flows.console import show_measured, show_models
+    from rise_ops.families import PRESETS, describe, find_preset, measure_preset
+
+    allowed = _size(memory)
+    chosen = list(PRESETS.values()) if name is None else [find_preset(name)]
+    if not measure:
+        found = [describe(each, memory=allowed) for each in chosen]
+        _emit(found, json_, lambda: show_models(found))
+        return
+    if name is None:
+        raise ConfigError("--measure: name the preset to measure, such as pythia-14m")
+    measured = asdict(measure_preset(chosen[0], tokens=tokens, memory=allowed, device=device, dtype=dtype))
+    _emit(measured, json_, lambda: show_measured(measured))
+
+
+@app.command()
 def watch(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
     """One look: have the sources changed? Tells a Prefect server, if one is configured, by an event."""
     from flows.console import show_changes
@@ -602,6 +632,16 @@ def _numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise ConfigError(f"--k {text}: write positive numbers separated by commas, such as 5,10,50")
     return numbers
+
+
+def _size(text: str) -> int:
+    """Bytes of an amount such as 8GiB."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise ConfigError(f"--memory {text}: write an amount of memory, such as 8GiB or 512MiB") from None
 
 
 def _emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:

@@ -262,6 +262,62 @@ def show_evaluation(found: Any) -> None:
     _show_figures("Evaluation", figures)
 
 
+def show_models(found: Sequence[Json]) -> None:
+    """Model presets as a table; a single one with all that is known of it."""
+    if len(found) == 1:
+        _show_model(found[0])
+        return
+    columns = ("preset", "params", "width\n×layers", "vocab", "GB\nbf16/fp32", "sketch\nr/h/g", "bytes\na row")
+    table = _table("Model presets", *columns, "work GiB\ncuda/cpu")
+    table.padding = (0, 0)
+    for each in found:
+        size, row = each["parameters"], f"{each['bytes_per_row']:,}"
+        cells = [
+            f"{size / 1e9:.2f}B" if size >= 1e9 else f"{size / 1e6:.1f}M",
+            f"{each['hidden_dim']}×{each['layers']}",
+        ]
+        cells += [f"{each['vocab_size']:,}", _both(each["weight_bytes"], 1e9), _widths(each["widths"]), row]
+        table.add_row(each["name"], *cells, _both(each["working_bytes"], 2**30))
+    _OUT.print(table)
+
+
+def _show_model(found: Json) -> None:
+    table = _table(f"{found['name']}: {found['hub']}", "", "")
+    table.add_row("parameters", f"{found['parameters']:,}")
+    table.add_row("width of hidden states, layers", f"{found['hidden_dim']:,}, {found['layers']}")
+    table.add_row("vocabulary, positions", f"{found['vocab_size']:,}, {found['max_positions']:,}")
+    table.add_row("weights in bfloat16 / float32", f"{_both(found['weight_bytes'], 2**30)} GiB")
+    table.add_row("to work with on CUDA / a CPU", f"{_both(found['working_bytes'], 2**30)} GiB")
+    for name, each in (("recommended", found["widths"]), ("lean", found["lean"])):
+        told = f"{_widths(each)}, weights {each['weight_rh']:g}/{each['weight_gh']:g}, {2 * each['dim']:,} bytes a row"
+        table.add_row(f"{name} sketch r/h/g", f"{told}: {each['why']}")
+    _OUT.print(table)
+
+
+def _both(sizes: Json, unit: float) -> str:
+    """In bfloat16 and in float32."""
+    amounts = (sizes[name] / unit for name in ("bfloat16", "float32"))
+    return "/".join(f"{amount:.2f}" if amount < 1 else f"{amount:.3g}" for amount in amounts)
+
+
+def _widths(widths: Json) -> str:
+    return f"{widths['dim_r']}/{widths['dim_h']}/{widths['dim_g']}"
+
+
+def show_measured(found: Json) -> None:
+    """What random weights of a preset do."""
+    title = f"{found['name']}, random weights in {found['dtype']} on {found['device']}, {found['tokens']:,} tokens"
+    table = _table(title, "", "")
+    table.add_row("signatures", f"{found['sketch_tokens_per_second']:,.0f} tokens/s")
+    table.add_row("forward pass with logits", f"{found['forward_tokens_per_second']:,.0f} tokens/s")
+    table.add_row("weights", f"{found['weight_bytes'] / 2**20:,.0f} MiB")
+    table.add_row("planned, weights included", f"{found['planned_bytes'] / 2**20:,.0f} MiB")
+    if found["peak_bytes"] is not None:
+        what = "process, libraries included" if found["device"] == "cpu" else "GPU"
+        table.add_row(f"peak of the {what}", f"{found['peak_bytes'] / 2**20:,.0f} MiB")
+    _OUT.print(table)
+
+
 def show_changes(found: Json) -> None:
     """What a look at the sources found."""
     if not found["is_changed"]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rise_ops.config import ModelConfig
 from rise_ops.errors import ModelError
+from rise_ops.families import hub_name
 from rise_ops.hashing import fingerprint
 
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "_commit_hash", "use_cache")
@@ -49,7 +50,7 @@ class ModelFiles:
 
 
 def resolve_model(config: ModelConfig) -> ModelFiles:
-    """Find a model without loading it.
+    """Find a model without loading it: a folder, a preset of `rise_ops.families` by its name, or a hub model.
 
     Raises
     ------
@@ -62,7 +63,8 @@ def resolve_model(config: ModelConfig) -> ModelFiles:
         return ModelFiles(str(folder), None)
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise ModelError(f"model {config.name}: there is no such folder; check model.name")
-    return ModelFiles(config.name, _hub_commit(config))
+    name = hub_name(config.name)
+    return ModelFiles(name, _hub_commit(config, name))
 
 
 def model_fingerprint(config: ModelConfig) -> str:
@@ -161,18 +163,18 @@ def _file_sha256(path: Path) -> str:
     return digest
 
 
-def _hub_commit(config: ModelConfig) -> str:
+def _hub_commit(config: ModelConfig, name: str) -> str:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
-        path = cached_file(config.name, "config.json", revision=config.revision)
+        path = cached_file(name, "config.json", revision=config.revision)
     except (OSError, ValueError) as error:
         at = f" at revision {config.revision}" if config.revision else ""
         raise ModelError(
-            f"model {config.name} is neither a folder nor a hub model{at} that can be reached ({first_line(error)}); "
+            f"model {name} is neither a folder nor a hub model{at} that can be reached ({first_line(error)}); "
             "check model.name, or download the model and give its folder"
         ) from error
     commit = extract_commit_hash(path, None)
     if commit is None:
-        raise ModelError(f"model {config.name}: the hub names no commit for it; download it and give its folder")
+        raise ModelError(f"model {name}: the hub names no commit for it; download it and give its folder")
     return str(commit)

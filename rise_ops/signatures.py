@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from rise_ops.chunking import QUERY_TOKENS, Chunk, plan_batches, prompt_chunk, prompt_tokens, row_chunks
 from rise_ops.config import SketchConfig
 from rise_ops.errors import LimitError, ModelError, SourceError
+from rise_ops.model_shape import ModelShape, shape_of_model
 from rise_ops.progress import Progress, silent
 from rise_ops.sketch import SketchTables, load_tables
 from rise_ops.trunk import Encoded, Trunk
@@ -35,6 +36,7 @@ __all__ = [
     "TokenScores",
     "load_tables",
     "plan_memory",
+    "plan_shape",
 ]
 
 ESTIMATOR_VERSION = 1
@@ -101,43 +103,65 @@ class TokenScores:
 
 
 def plan_memory(trunk: Trunk, sketch: SketchConfig, *, memory: int) -> MemoryPlan:
-    """Divide a budget: a quarter for logits, a quarter for pending rows, half for the micro-batch.
+    """Divide a budget among what signatures with a loaded model take; on a GPU never more than it has.
 
     Raises
     ------
     LimitError
         Not even one chunk fits.
     """
-    kind = trunk.device.type
-    if kind == "cuda":
+    if trunk.device.type == "cuda":
         total = torch.cuda.get_device_properties(trunk.device).total_memory
         memory = min(memory, max(0, int(0.9 * total) - trunk.weight_bytes))
-    config = trunk.model.config.get_text_config()
-    inner = int(getattr(config, "intermediate_size", None) or 4 * trunk.hidden_dim)
+    shape, dtype, device = shape_of_model(trunk.model), trunk.dtype, trunk.device.type
+    plan = plan_shape(shape, sketch, dtype=dtype, device=device, memory=memory, name=trunk.name)
+    return replace(plan, weight_bytes=trunk.weight_bytes)  # some models keep a part in another type
+
+
+def plan_shape(
+    shape: ModelShape, sketch: SketchConfig, *, dtype: torch.dtype, device: str, memory: int, name: str
+) -> MemoryPlan:
+    """Divide a budget, for a model of these sizes: a quarter for logits, a quarter for pending rows, half for the
+    micro-batch.
+
+    Parameters
+    ----------
+    dtype
+        Of all weights.
+    device
+        cpu or cuda.
+    name
+        What messages call the model.
+
+    Raises
+    ------
+    LimitError
+        Not even one chunk fits.
+    """
     # A layer holds the residual stream, queries, keys, values, the attention's and the inner layer's input and
     # output; states are gathered in float32, next to three sketches and their scaled copies.
-    activations = trunk.dtype.itemsize * (10 * trunk.hidden_dim + 3 * inner)
-    per_token = activations + 4 * (2 * trunk.hidden_dim + 3 * (sketch.dim_h + sketch.dim_g + sketch.dim_r))
+    activations = dtype.itemsize * (10 * shape.hidden_dim + 3 * shape.inner_dim)
+    per_token = activations + 4 * (2 * shape.hidden_dim + 3 * (sketch.dim_h + sketch.dim_g + sketch.dim_r))
     per_chunk = 3 * 4 * sketch.dim  # outer products, signature, rounded signature
     batch = memory // 2
     smallest = QUERY_TOKENS * per_token + per_chunk
-    row_of_logits = 3 * 4 * trunk.vocab_size
+    row_of_logits = 3 * 4 * shape.vocab_size
     if batch < smallest or memory // 4 < max(row_of_logits, per_chunk):
         need = max(2 * smallest, 4 * row_of_logits, 4 * per_chunk)
         raise LimitError(
-            f"signatures with model {trunk.name} need {need / 2**20:.0f} MiB of working memory, limits.memory allows "
+            f"signatures with model {name} need {need / 2**20:.0f} MiB of working memory, limits.memory allows "
             f"{memory / 2**20:.0f} MiB; raise it, or use a smaller model or sketch"
         )
-    tokens = min(_MAX_TOKENS.get(kind, _MAX_TOKENS["cuda"]), max(QUERY_TOKENS, batch // 2 // per_token))
+    tokens = min(_MAX_TOKENS.get(device, _MAX_TOKENS["cuda"]), max(QUERY_TOKENS, batch // 2 // per_token))
     chunks = max(1, min(tokens // 2, (batch - tokens * per_token) // per_chunk))
     return MemoryPlan(
         memory=memory,
-        weight_bytes=trunk.weight_bytes,
+        weight_bytes=shape.parameters * dtype.itemsize,
         bytes_per_token=per_token,
         bytes_per_chunk=per_chunk,
         tokens=tokens,
         chunks=chunks,
-        logit_bytes=min(_MAX_LOGIT_BYTES.get(kind, _MAX_LOGIT_BYTES["cuda"]), memory // 4),
+        logit_bytes=min(_MAX_LOGIT_BYTES.get(device, _MAX_LOGIT_BYTES["cuda"]), memory // 4),
         pending_rows=max(1, memory // 4 // per_chunk),
     )
 
