@@ -7,8 +7,8 @@ Kept are
 - runs: the recorded ones whose corpus version is kept, and failed ones that are younger than the oldest kept
   version of their corpus. What a killed run left goes;
 - whatever these name: snapshots, object records, packs, blocks, the index blocks of kept blocks, scores,
-  quarantine, comparisons; indexes that still have a block or a run, and their targets and codes; attributions of
-  these versions.
+  quarantine, comparisons, closed loops; indexes that still have a block or a run, and their targets and codes;
+  attributions of these versions.
 
 Everything is decided before anything is removed. Records go before what they vouch for, so that whatever moment
 the collector is stopped at, no reader takes half of something for the whole. It gives a sign of life
@@ -57,6 +57,7 @@ _KINDS: dict[str, re.Pattern[str]] = {
         "blocks": rf"blocks/(?P<id>{_HEX})\.parquet",
         "attributions": rf"attributions/(?P<id>{_HEX})\.json",
         "comparisons": rf"comparisons/(?P<id>{_HEX})/[^/]+\.json",
+        "loops": rf"loops/(?P<id>{_HEX})/.+",
         "signs of life": r"alive/.+",
         "probes": r"\.probe/.+",
     }.items()
@@ -80,6 +81,7 @@ class Reached:
     quarantines: set[str] = field(default_factory=set)
     indexes: set[str] = field(default_factory=set)
     comparisons: set[str] = field(default_factory=set)
+    loops: set[str] = field(default_factory=set)
     exports: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     """Files of each finished export."""
     needed: dict[str, list[str]] = field(default_factory=dict)
@@ -202,6 +204,8 @@ def _reach_run(reached: Reached, run_id: str, run: Json) -> None:
         reached.indexes.add(run["index_id"])
     if run.get("comparison"):
         reached.comparisons.add(run["comparison"]["id"])
+    if run.get("closed_loop"):
+        reached.loops.add(run["closed_loop"]["loop_id"])
     for stage in run["stages"]:
         for item in (*stage["inputs"], *stage["outputs"]):
             found = re.search(rf"scores/{_HEX}/{_HEX}(?=\.)", item["uri"])
@@ -269,6 +273,7 @@ def _keeps(reached: Reached, kind: str, match: re.Match[str], key: str, living: 
         "seen objects": reached.records,
         "quarantine": reached.quarantines,
         "comparisons": reached.comparisons,
+        "loops": reached.loops,
         "index records": reached.blocks,
         "signatures": reached.blocks,
         "code records": reached.blocks,

@@ -52,7 +52,7 @@ _MULTIPART_BYTES = 64 * 2**20
 T = TypeVar("T")
 
 STORE_FOLDERS = frozenset(
-    ("alive", "attributions", "blocks", "comparisons", "corpora", "damage", "exports", "indexes", "objects",
+    ("alive", "attributions", "blocks", "comparisons", "corpora", "damage", "exports", "indexes", "loops", "objects",
      "quarantine", "runs", "scores", "snapshots", "targets", "tunings")
 )  # fmt: skip
 """What lies at the root of a store."""
