@@ -361,6 +361,18 @@ def compare(config: Config, set_: Overrides = None, json_: AsJson = False) -> No
     _emit(summary, json_, lambda: show_comparison(summary))
 
 
+@app.command(name="closed-loop")
+def closed_loop(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Train the model on what RISE and others select at one budget, and measure what each selection is worth."""
+    from flows.closed_loop import closed_loop as closed_loop_flow
+    from flows.console import show_closed_loop
+    from rise_ops.config import load_config
+
+    loaded = load_config(config, overrides=set_ or [])
+    summary = _as_flow(lambda: closed_loop_flow(loaded))
+    _emit(summary, json_, lambda: show_closed_loop(summary))
+
+
 @app.command()
 def paper(
     task: Annotated[str, typer.Argument(metavar="TASK", help="howdy, finance_medical or brain_rot.")],

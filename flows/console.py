@@ -208,6 +208,38 @@ def show_comparison(summary: Json, title: str = "Methods compared") -> None:
     _OUT.print(f"run {summary['run_id']}, report {plain(summary['report'] or '')}")
 
 
+def show_closed_loop(summary: Json) -> None:
+    """Loss on each held-out set and accuracies by arm, and what they say of the claim."""
+    found = summary["closed_loop"]
+    for name, untrained in found["base"]["held_out"].items():
+        table = _table(f"Loss on {name}, nats a token", "arm", "tokens", "loss", "change", "against random")
+        table.add_row("untrained", "", f"{untrained:.3f}", "", "")
+        for arm, line in sorted(found["arms"].items(), key=lambda item: float(item[1]["held_out"][name]["loss"])):
+            own = line["held_out"][name]
+            differences = [_interval(own[kind]) for kind in ("change", "against_random")]
+            table.add_row(arm, f"{line['tokens']:,}", f"{own['loss']:.3f}", *differences)
+        _OUT.print(table)
+    for name in ("acc", "acc_norm") if found["base"]["choices"] else ():
+        table = _table(f"Multiple choice, {name}", "arm", "accuracy", "change", "against random")
+        table.add_row("untrained", f"{found['base']['choices'][name]:.3f}", "", "")
+        for arm, line in found["arms"].items():
+            own = line["choices"][name]
+            differences = [_interval(own[kind]) for kind in ("change", "against_random")]
+            table.add_row(arm, f"{own['accuracy']:.3f}", *differences)
+        _OUT.print(table)
+    for judged in found["verdict"]:
+        _OUT.print(f"{plain(judged['held_out'])}: {plain(judged['text'], width=1_000)}")
+    _OUT.print(f"run {summary['run_id']}, report {plain(summary['report'] or '')}")
+
+
+def _interval(found: Json | None) -> str:
+    """A difference, with its interval where there is one."""
+    if found is None:
+        return ""
+    text = f"{found['mean']:+.3f}"
+    return text if found["low"] is None else f"{text} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
 def _span(values: Sequence[float]) -> str:
     """A mean, with the range where there are several values."""
     mean = sum(values) / len(values)
