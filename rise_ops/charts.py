@@ -30,6 +30,8 @@ _ARM = 2.8
 """Half a cross."""
 
 Span = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 Anchor = Literal["start", "middle", "end"]
 
 
@@ -49,6 +51,20 @@ class Ridge:
     note: str
     kept: Sequence[int]
     dropped: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A named point among others."""
+
+    number: int
+    """Written where the name finds no room; a table beside the chart has it, too."""
+    label: str
+    x: float | None
+    """Above 0; None: it has no place on the axis and stands at its left edge."""
+    y: float
+    strong: bool
+    """A dot; otherwise a cross."""
 
 
 def histogram(edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int], *, unit: str, words: Words,
@@ -184,6 +200,31 @@ def whiskers(values: Sequence[float], errors: Sequence[float], kept: Sequence[bo
     return _responsive(draw, words)
 
 
+def named(places: Sequence[Place], *, x: str, y: str, aside: str, words: Words) -> Markup:
+    """Points with their names over a logarithmic axis.
+
+    Parameters
+    ----------
+    aside
+        What the left edge stands for.
+    """
+    powers = [math.log10(each.x) for each in places if each.x is not None] or [0.0]
+    low, high = min(powers) - 0.3, max(powers) + 0.6
+    edge = low - 0.16 * (high - low) if any(each.x is None for each in places) else low
+
+    def draw(width: int) -> _Drawing:
+        to = _Drawing(width, 400 if width == WIDE else 340, x=(edge, high), y=_padded([each.y for each in places], 0.1))
+        to.rows_axis(y)
+        to.powers_axis(x, low, aside if edge < low else "")
+        spots = [((edge + low) / 2 if each.x is None else math.log10(each.x), each.y) for each in places]
+        for look, strong in (("dropped", False), ("kept", True)):
+            to.points([spot for each, spot in zip(places, spots, strict=True) if each.strong is strong], look)
+        to.names(places, spots, whole=width == WIDE)
+        return to
+
+    return _responsive(draw, words)
+
+
 def shortened(text: str, characters: int) -> str:
     """`text` with its middle left out where it is longer; the ends tell names apart."""
     if len(text) <= characters:
@@ -286,6 +327,31 @@ class _Drawing:
             self.text(min(max(here, room), self.width - room), self.bottom + 17, brief(at), "middle")
         self.text((self.left + self.right) / 2, self.height - 8, name, "middle")
 
+    def powers_axis(self, name: str, low: float, aside: str) -> None:
+        """Labels at powers of ten from 10^low on; what is left of it is called `aside`."""
+        for power in range(math.ceil(low), math.floor(self.x[1]) + 1):
+            self.path(f"M{self.across(power):.1f} {self.bottom}V26", "grid")
+            self.text(self.across(power), self.bottom + 17, brief(10.0**power), "middle")
+        self.text((self.left + self.right) / 2, self.height - 8, name, "middle")
+        if aside:
+            self.path(f"M{self.across(low):.1f} {self.bottom}V26", "zero")
+            self.text(self.across((self.x[0] + low) / 2), self.bottom + 17, aside, "middle")
+
+    def names(self, places: Sequence[Place], spots: Sequence[tuple[float, float]], *, whole: bool) -> None:
+        """The name of each point beside it, or its number where a name would lie on another or on a point."""
+        at = [(self.across(a), self.down(b)) for a, b in spots]
+        taken = [(a - 5, b - 5, a + 5, b + 5) for a, b in at]
+        for each, (a, b) in zip(places, at, strict=True):
+            texts = [f"{each.number} {shortened(visible(each.label), 26)}"] if whole else []
+            tried = [(text, box) for text in (*texts, str(each.number)) for box in _around(a, b, text)]
+            free = (one for one in tried if self._inside(one[1]) and not any(_meet(one[1], other) for other in taken))
+            text, box = next(free, tried[-4])
+            taken.append(box)
+            self.text(box[0], box[3] - 2, text, "start", "name" if each.strong else "")
+
+    def _inside(self, box: Box) -> bool:
+        return self.left <= box[0] and box[2] <= self.width and box[1] >= 14 and box[3] <= self.bottom
+
     def zero_line(self) -> None:
         if self.x[0] < 0 < self.x[1]:
             self.path(f"M{self.across(0):.1f} {self.bottom}V{self.down(self.y[1]):.1f}", "zero")
@@ -340,6 +406,17 @@ class _Drawing:
             '<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{name}t {name}d">'
             '<title id="{name}t">{}</title><desc id="{name}d">{}</desc>{}</svg>'
         ).format(self.width, self.height, visible(words.title), visible(words.description), body, name=name)
+
+
+def _around(x: float, y: float, text: str) -> list[Box]:
+    """Where a text can stand: right of a point, left of it, above, below."""
+    long = _LETTER * len(text)
+    starts = ((x + 8, y + 4), (x - 8 - long, y + 4), (x - long / 2, y - 9), (x - long / 2, y + 18))
+    return [(left, foot - 11, left + long, foot + 2) for left, foot in starts]
+
+
+def _meet(one: Box, two: Box) -> bool:
+    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
 
 
 def _responsive(draw: Callable[[int], _Drawing], words: Words, wide: int = WIDE) -> Markup:

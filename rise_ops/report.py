@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from rise_ops import report_charts as drawn
 from rise_ops.report_budgets import Budgets, Unit, other_budgets
+from rise_ops.report_comparison import FIGURES, comparison_view
 from rise_ops.report_data import NO_LABEL, DecisionFigures, decision_figures
 from rise_ops.report_notices import notices
 from rise_ops.report_rows import (
@@ -106,6 +107,8 @@ def render_report(store: Store, run_id: str) -> str:
         "queries": _queries(examples.get("queries") or []),
         "evaluations": _evaluations(examples.get("evaluation")),
         "rejected": rejected,
+        "comparison": comparison_view(run.get("comparison")),
+        "comparison_figures": FIGURES,
         "stage_shares": drawn.stage_shares(run.get("stages") or []),
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
         "limits": {"text": TEXT_SHOWN, "hit": HIT_SHOWN, "rejected": REJECTED_SHOWN, "references": REFERENCES_SHOWN},
@@ -146,7 +149,8 @@ def _contents(shown: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Sections of the page, each with its title in the list of contents."""
     decided, examples = shown["decided"], shown["examples"]
     sections = [
-        ("verdict", "Verdict", True),
+        ("verdict", "Verdict", decided or shown["notices"] or not shown["comparison"]),
+        ("comparison", "Comparison", shown["comparison"]),
         ("steps", "What decided", decided),
         ("budgets", "Other budgets", decided and decided.budgets),
         ("values", "Values and scores", shown["charts"].get("value")),
