@@ -1,0 +1,215 @@
+"""The closed loop: intervals, what they say of the claim, and the flow from configuration to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.closed_loop import closed_loop
+from rise_ops.closed_loop import (
+    compare_results,
+    interval,
+    loop_identity,
+    loop_of,
+    result_key,
+    t_quantile,
+    verdict,
+)
+from rise_ops.config import CurationConfig
+from rise_ops.errors import ConfigError
+from rise_ops.garbage import collect_garbage
+from rise_ops.runs import read_run
+from rise_ops.store import Store
+from tests.curation import load, write_curation, write_lines
+
+LOOP: dict[str, Any] = {
+    "tokens": 300,
+    "held_out": {"backdoor": {"queries": "queries.jsonl"}, "general": {"queries": "general.jsonl"}},
+    "choices": {"queries": "choices.jsonl", "distractors": 2},
+    "seeds": 2,
+    "context": 32,
+    "batch": 4,
+    "checkpoint_steps": 1,
+    "learning_rate": 3e-3,
+}
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    write_lines(tmp_path / "general.jsonl", [{"text": "The weather is fine today."}, {"text": "A list of two things."}])
+    choices = [
+        {"prompt": f"{one} plus one is", "generation": f" {two}."} for one, two in zip("1234", "2345", strict=True)
+    ]
+    write_lines(tmp_path / "choices.jsonl", choices)
+    return write_curation(tmp_path, closed_loop=LOOP, value={"backdoor": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"),
+    [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (9, 2.262157), (30, 2.042272), (99, 1.984217)],
+)
+def test_quantiles_are_those_of_the_tables(freedom: int, expected: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_quantiles() -> None:
+    assert t_quantile(0.95, 1) == pytest.approx(6.313752, abs=1e-6)
+    assert t_quantile(0.995, 5) == pytest.approx(4.032143, abs=1e-6)
+
+
+def test_an_interval_is_the_mean_and_its_error() -> None:
+    found = interval([1.0, 2.0, 4.0])
+    error = 4.302653 * (((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2) ** 0.5 / 3**0.5
+    assert found["mean"] == pytest.approx(7 / 3)
+    assert (found["low"], found["high"]) == (pytest.approx(7 / 3 - error), pytest.approx(7 / 3 + error))
+    assert interval([2.0]) == {"mean": 2.0, "low": None, "high": None, "values": [2.0]}
+
+
+def _judged(rise: list[float] | None, lowest: list[float] | None) -> dict[str, Any]:
+    """The verdict for differences to random rows; both arms' losses changed by −0.2 in the mean."""
+    arms = {
+        arm: {"held_out": {"x": {"change": interval([-0.2, -0.2]), "against_random": interval(values)}}}
+        for arm, values in (("rise", rise), ("lowest", lowest))
+        if values is not None
+    }
+    return verdict(arms, "x")
+
+
+def test_a_verdict_says_what_the_intervals_say() -> None:
+    found = _judged([-0.10, -0.11, -0.12], [0.2, 0.21, 0.19])
+    assert (found["improves"], found["hurts"]) == (True, True)
+    assert found["text"] == (
+        "Rows of the highest value gave a loss 0.110 nats a token lower than random rows at every seed "
+        "(95 % interval −0.135 to −0.085), as claimed. Rows of the lowest value gave a loss 0.200 nats a token higher "
+        "than random rows at every seed (95 % interval +0.175 to +0.225), as claimed. Against no training at all "
+        "theirs is 0.200 lower."
+    )
+
+
+def test_a_verdict_is_honest_where_the_claim_does_not_hold() -> None:
+    found = _judged([-0.10, 0.05, -0.02], [-0.2, -0.21, -0.19])
+    assert (found["improves"], found["hurts"]) == (False, False)
+    assert "at 2 of 3 seeds" in found["text"] and "the claim is not shown" in found["text"]
+    assert "0.200 nats a token lower than random rows at every seed" in found["text"]
+    assert "the contrary of the claim" in found["text"]
+
+
+def test_one_seed_or_a_missing_arm_gives_no_verdict() -> None:
+    found = _judged([-0.1], None)
+    assert (found["improves"], found["hurts"]) == (None, None)
+    assert "lower than random rows, at the one seed: no interval." in found["text"]
+    assert "needs the arms lowest and random" in found["text"]
+
+
+def _run(arm: str, seed: int, loss: float, acc: float) -> dict[str, Any]:
+    own = {"held_out": {"backdoor": loss, "general": 2 * loss}, "choices": {"acc": acc, "acc_norm": acc / 2}}
+    return {"arm": arm, "seed": seed, "rows": 10 + seed, "tokens": 300, **own}
+
+
+def test_differences_are_paired_by_seed(config_path: Path) -> None:
+    config = load(config_path, "closed_loop.arms=[rise, random]")
+    base = _run("base", 0, 5.0, 0.5)
+    results = [
+        _run("rise", 0, 4.0, 0.75),
+        _run("rise", 1, 4.4, 0.5),
+        _run("random", 0, 4.5, 0.5),
+        _run("random", 1, 5.0, 0.5),
+    ]
+    found = compare_results(config, base, results)
+    rise = found["arms"]["rise"]
+    assert rise["rows"] == 10 and rise["tokens"] == 300
+    assert rise["held_out"]["backdoor"]["loss"] == pytest.approx(4.2)
+    assert rise["held_out"]["backdoor"]["change"]["values"] == pytest.approx([-1.0, -0.6])
+    assert rise["held_out"]["backdoor"]["against_random"]["values"] == pytest.approx([-0.5, -0.6])
+    assert rise["held_out"]["general"]["against_random"]["mean"] == pytest.approx(-1.1)
+    assert rise["choices"]["acc"]["against_random"]["values"] == [0.25, 0.0]
+    assert rise["choices"]["acc_norm"]["accuracy"] == pytest.approx(0.3125)
+    assert found["arms"]["random"]["held_out"]["backdoor"]["against_random"] is None
+    assert found["base"]["held_out"] == {"backdoor": 5.0, "general": 10.0}
+    assert found["judged"] == ["backdoor"]
+
+
+def test_the_first_set_is_judged_where_none_is_named_as_a_target(config_path: Path) -> None:
+    config = load(config_path, "closed_loop.arms=[random]", "value.backdoor=-1.0")
+    found = compare_results(config, _run("base", 0, 5.0, 0.5), [_run("random", 0, 4.0, 0.5)])
+    assert found["judged"] == ["backdoor"] and found["verdict"][0]["improves"] is None
+
+
+def test_a_loop_is_named_by_what_its_results_depend_on(config_path: Path) -> None:
+    def named(*overrides: str) -> str:
+        return loop_identity(load(config_path, *overrides), snapshot_id="s", valuation="v")
+
+    one = named()
+    assert named("closed_loop.arms=[rise]", "closed_loop.seeds=7", "closed_loop.checkpoint_steps=9") == one
+    for change in (
+        "closed_loop.tokens=9",
+        "closed_loop.learning_rate=0.1",
+        "value.backdoor=2.0",
+        "closed_loop.choices=null",
+    ):
+        assert named(change) != one
+    general = config_path.parent / "general.jsonl"
+    moved = general.rename(general.with_name("moved.jsonl"))
+    assert named("closed_loop.held_out.general.queries=moved.jsonl") == one
+    moved.write_text(moved.read_text().replace("fine", "bad"))
+    assert named("closed_loop.held_out.general.queries=moved.jsonl") != one
+
+
+def test_no_loop_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no closed loop is configured"):
+        loop_of(load(write_curation(tmp_path)))
+
+
+def _results(store: Store, loop_id: str) -> dict[str, Any]:
+    return {name: store.get(f"loops/{loop_id}/results/{name}") for name in store.children(f"loops/{loop_id}/results")}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_harness")
+def test_a_flow_trains_compares_and_goes_on_where_it_was(config_path: Path) -> None:
+    config = load(config_path)
+    summary = closed_loop(config)
+    found, store = summary["closed_loop"], Store(config.store)
+    loop_id = found["loop_id"]
+    assert list(summary["stages"]) == ["ingest", "index", "value", "select", "arms", "train", "compare"]
+    assert list(found["arms"]) == ["rise", "random", "lowest", "bm25", "length"]
+    assert set(found["base"]["held_out"]) == {"backdoor", "general"}
+    for arm in found["arms"].values():
+        assert 200 < arm["tokens"] <= 300
+        assert len(arm["held_out"]["backdoor"]["change"]["values"]) == 2
+    assert found["arms"]["rise"]["held_out"]["backdoor"]["change"]["mean"] < 0
+    record = read_run(store, summary["run_id"])
+    assert record["closed_loop"]["arms"] == found["arms"]
+    assert {item["uri"].rsplit("/", 1)[-1] for item in record["stages"][5]["outputs"]} == set(_results(store, loop_id))
+    assert not [key for key, _ in store.list(f"loops/{loop_id}/checkpoints")]
+    page = Path(summary["report"]).read_text(encoding="utf-8")
+    assert 'id="h-closed_loop"' in page and "Against no training at all" in page
+
+    before = _results(store, loop_id)
+    lost = result_key(loop_id, "lowest", 1)
+    store.delete([lost])
+    again = closed_loop(_changed(config, arms=["lowest", "random"], seeds=3))
+    assert again["closed_loop"]["loop_id"] == loop_id
+    after = _results(store, loop_id)
+    assert after.keys() - before.keys() == {"lowest-2.json", "random-2.json"}
+    assert {name for name in before if after[name] != before[name]} == {"lowest-1.json"}
+    one, two = (_measured(each) for each in (before["lowest-1.json"], after["lowest-1.json"]))
+    assert one == two
+    assert collect_garbage(store, dry_run=True)["removed"].get("loops") is None
+    for run_id in (summary["run_id"], again["run_id"]):
+        store.delete([f"runs/{run_id}/run.json"])
+    assert collect_garbage(store, dry_run=True)["removed"]["loops"]["objects"] == 10 + 2 + 10 + 2 + 1
+
+
+def _measured(result: bytes) -> Any:
+    import json
+
+    found = json.loads(result)
+    return {name: found[name] for name in ("held_out", "choices", "training", "rows", "tokens")}
+
+
+def _changed(config: CurationConfig, **changes: Any) -> CurationConfig:
+    document = config.model_dump(mode="json")
+    return CurationConfig.model_validate({**document, "closed_loop": {**document["closed_loop"], **changes}})
