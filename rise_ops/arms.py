@@ -16,7 +16,7 @@ In memory are, of all rows, about 100 bytes each, and for bm25 the inverted inde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,30 @@ def refuse_budget(candidates: Candidates, tokens: int) -> None:
         raise ConfigError(
             f"closed_loop.tokens is {tokens:,}, but the shortest row has {sizes.min():,}; give a larger budget"
         )
+
+
+def refuse_seen(candidates: Candidates, held_out: Mapping[str, Collection[str]]) -> None:
+    """Raise where texts that are held out are rows of the corpus.
+
+    Parameters
+    ----------
+    held_out
+        doc_ids by the name of the set.
+
+    Raises
+    ------
+    ConfigError
+        Naming the set.
+    """
+    import polars as pl
+
+    for name, texts in held_out.items():
+        seen = candidates.frame.select(pl.col("doc_id").is_in(list(texts)).sum()).item()
+        if seen:
+            raise ConfigError(
+                f"closed_loop.held_out.{name}: {seen:,} rows of the corpus are texts of this set, and an arm could "
+                "train on them; take them out of one of both"
+            )
 
 
 def take(order: Int64Array, tokens: Int64Array, budget: int) -> Int64Array:
@@ -193,16 +217,20 @@ def mean_relevance(store: Store, config: CurationConfig, candidates: Candidates,
     return np.asarray(means[places], np.float32)
 
 
-def write_arms(store: Store, config: CurationConfig, loop: ClosedLoopConfig, *, loop_id: str, run_id: str,
+def write_arms(store: Store, config: CurationConfig, loop: ClosedLoopConfig, candidates: Candidates, *, loop_id: str,
                blocks: Mapping[str, int]) -> Json:  # fmt: skip
     """Choose and store the rows of every arm and seed. Returns {arm-seed: {arm, seed, rows, tokens}}.
+
+    Parameters
+    ----------
+    blocks
+        Rows of each block of the corpus, in order.
 
     Raises
     ------
     ConfigError
         The budget leaves nothing to choose.
     """
-    candidates = read_candidates(store, run_id)
     refuse_budget(candidates, loop.tokens)
     relevance = mean_relevance(store, config, candidates, blocks) if "bm25" in loop.arms else None
     found: Json = {}

@@ -26,6 +26,8 @@ _LETTER = 7.2
 """Width of a character, about; text is 12.5 pixels high."""
 _RIDGE = 56
 """Height of one group's histogram with its label."""
+_STRIP = 46
+"""Height of one mean with its interval and its label."""
 _ARM = 2.8
 """Half a cross."""
 
@@ -65,6 +67,19 @@ class Place:
     y: float
     strong: bool
     """A dot; otherwise a cross."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean among others, with where it may be."""
+
+    label: str
+    note: str
+    mean: float
+    span: Span | None
+    """From where to where; None: not known."""
+    values: Sequence[float]
+    """Of which it is the mean."""
 
 
 def histogram(edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int], *, unit: str, words: Words,
@@ -220,6 +235,31 @@ def named(places: Sequence[Place], *, x: str, y: str, aside: str, words: Words) 
         for look, strong in (("dropped", False), ("kept", True)):
             to.points([spot for each, spot in zip(places, spots, strict=True) if each.strong is strong], look)
         to.names(places, spots, whole=width == WIDE)
+        return to
+
+    return _responsive(draw, words)
+
+
+def intervals(items: Sequence[Interval], *, unit: str, words: Words) -> Markup:
+    """Means over one axis, each with its interval and a tick for each value: dots below 0, crosses elsewhere."""
+    height = _STRIP * len(items) + 52
+    ends = [0.0, *(end for item in items for end in (*item.values, *(item.span or ())))]
+
+    def draw(width: int) -> _Drawing:
+        to = _Drawing(width, height, x=_padded(ends, 0.04), y=(len(items), 0), left=2)
+        for number, item in enumerate(items):
+            foot, look = to.down(number + 0.72), "kept" if item.mean < 0 else "dropped"
+            to.path(f"M{to.left} {to.down(number + 1):.1f}H{to.right}", "grid")
+            if item.span is not None:
+                low, high = (to.across(end) for end in item.span)
+                to.path(f"M{low:.1f} {foot - 5:.1f}v10m0-5H{high:.1f}m0-5v10", f"error {look}")
+            ticks_ = (f"M{to.across(value):.1f} {foot - 3:.1f}v6" for value in item.values)
+            to.path("".join(ticks_), f"error {look}")
+            to.points([(item.mean, number + 0.72)], look)
+            to.text(to.left, to.down(number + 0.38), shortened(visible(item.label), 30), "start", "name")
+            to.text(to.right, to.down(number + 0.38), item.note, "end")
+        to.columns_axis(unit)
+        to.zero_line()
         return to
 
     return _responsive(draw, words)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from rise_ops.arms import arm_texts, read_arm, write_arms
+from rise_ops.arms import arm_texts, read_arm, read_candidates, refuse_seen, write_arms
 from rise_ops.compare_config import Arm, ChoicesConfig, ClosedLoopConfig
 from rise_ops.config import CurationConfig, TargetConfig
 from rise_ops.corpus import CorpusVersion
@@ -122,13 +122,27 @@ def choose_rows(store: Store, config: CurationConfig, version: CorpusVersion, *,
     Raises
     ------
     ConfigError, SourceError
-        The budget leaves nothing to choose, or held-out texts cannot be read.
+        The budget leaves nothing to choose, or held-out texts cannot be read, or are rows or queries.
     """
-    loop = loop_of(config)
+    loop, candidates = loop_of(config), read_candidates(store, run_id)
     loop_id = loop_identity(config, snapshot_id=version.snapshot_id, valuation=valuation)
-    blocks = block_rows(store, version)
-    arms = write_arms(store, config, loop, loop_id=loop_id, run_id=run_id, blocks=blocks)
+    _refuse_asked(config)
+    refuse_seen(candidates, {name: _names(config, texts) for name, texts in loop.held_out.items()})
+    arms = write_arms(store, config, loop, candidates, loop_id=loop_id, blocks=block_rows(store, version))
     return {"loop_id": loop_id, "arms": arms}
+
+
+def _refuse_asked(config: CurationConfig) -> None:
+    """Raise where rows are valued by texts that are held out."""
+    for target, queries in config.targets.items():
+        asked = set(_names(config, queries))
+        for name, texts in loop_of(config).held_out.items():
+            shared = asked.intersection(_names(config, texts))
+            if shared:
+                raise ConfigError(
+                    f"closed_loop.held_out.{name}: {len(shared):,} of its texts are queries of target {target}, by "
+                    "which rows are valued; hold other texts out"
+                )
 
 
 def result_key(loop_id: str, arm: str, seed: int) -> str:

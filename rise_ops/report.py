@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from rise_ops import report_charts as drawn
 from rise_ops.report_budgets import Budgets, Unit, other_budgets
+from rise_ops.report_closed_loop import closed_loop_view
 from rise_ops.report_comparison import FIGURES, comparison_view
 from rise_ops.report_data import NO_LABEL, DecisionFigures, decision_figures
 from rise_ops.report_notices import notices
@@ -109,6 +110,7 @@ def render_report(store: Store, run_id: str) -> str:
         "rejected": rejected,
         "comparison": comparison_view(run.get("comparison")),
         "comparison_figures": FIGURES,
+        "closed_loop": closed_loop_view(run.get("closed_loop")),
         "stage_shares": drawn.stage_shares(run.get("stages") or []),
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
         "limits": {"text": TEXT_SHOWN, "hit": HIT_SHOWN, "rejected": REJECTED_SHOWN, "references": REFERENCES_SHOWN},
@@ -151,6 +153,7 @@ def _contents(shown: Mapping[str, Any]) -> list[tuple[str, str]]:
     sections = [
         ("verdict", "Verdict", decided or shown["notices"] or not shown["comparison"]),
         ("comparison", "Comparison", shown["comparison"]),
+        ("closed_loop", "Closed loop", shown["closed_loop"]),
         ("steps", "What decided", decided),
         ("budgets", "Other budgets", decided and decided.budgets),
         ("values", "Values and scores", shown["charts"].get("value")),

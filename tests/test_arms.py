@@ -22,6 +22,7 @@ from rise_ops.arms import (
     read_arm,
     read_candidates,
     refuse_budget,
+    refuse_seen,
     take,
     write_arms,
 )
@@ -131,6 +132,14 @@ def _changed(config: CurationConfig, **changes: Any) -> CurationConfig:
     return CurationConfig.model_validate({**config.model_dump(mode="json"), **changes})
 
 
+def test_rows_that_are_held_out_are_refused(config: CurationConfig) -> None:
+    store, _, frame = _decided(config)
+    candidates = read_candidates(store, "run")
+    refuse_seen(candidates, {"one": ["0" * 64], "two": []})
+    with pytest.raises(ConfigError, match=r"held_out\.two: 2 rows of the corpus are texts of this set"):
+        refuse_seen(candidates, {"one": ["0" * 64], "two": frame["doc_id"].to_list()[3:5]})
+
+
 def test_only_targets_of_positive_weight_ask(config: CurationConfig, tmp_path: Path) -> None:
     write_lines(tmp_path / "other.jsonl", [{"text": "something else"}])
     targets: Mapping[str, Any] = {"backdoor": {"queries": str(tmp_path / "queries.jsonl")},
@@ -151,7 +160,7 @@ def test_an_index_that_does_not_fit_is_refused(config: CurationConfig) -> None:
 def test_all_arms_are_stored_at_one_budget(config: CurationConfig) -> None:
     store, blocks, frame = _decided(config)
     assert config.closed_loop is not None
-    found = write_arms(store, config, config.closed_loop, loop_id="l", run_id="run", blocks=blocks)
+    found = write_arms(store, config, config.closed_loop, read_candidates(store, "run"), loop_id="l", blocks=blocks)
     assert list(found) == [f"{arm}-{seed}" for arm in config.closed_loop.arms for seed in (0, 1)]
     shortest = int(frame["tokens"].min())  # type: ignore[arg-type]
     for each in found.values():
@@ -170,7 +179,7 @@ def test_all_arms_are_stored_at_one_budget(config: CurationConfig) -> None:
 def test_an_arm_s_texts_are_those_of_its_rows(config: CurationConfig) -> None:
     store, blocks, _ = _decided(config)
     assert config.closed_loop is not None
-    write_arms(store, config, config.closed_loop, loop_id="l", run_id="run", blocks=blocks)
+    write_arms(store, config, config.closed_loop, read_candidates(store, "run"), loop_id="l", blocks=blocks)
     rows = read_arm(store, "l", "random", 1)
     texts = {doc: text for block in blocks for doc, text in read_block(store, block).select("doc_id", "text").rows()}
     found = [text for batch in arm_texts(store, rows) for text in batch]

@@ -18,15 +18,16 @@ from rise_ops.closed_loop import (
     verdict,
 )
 from rise_ops.config import CurationConfig
+from rise_ops.demo.corpus import query_rows
 from rise_ops.errors import ConfigError
 from rise_ops.garbage import collect_garbage
 from rise_ops.runs import read_run
 from rise_ops.store import Store
-from tests.curation import load, write_curation, write_lines
+from tests.curation import as_record, load, write_curation, write_lines
 
 LOOP: dict[str, Any] = {
     "tokens": 300,
-    "held_out": {"backdoor": {"queries": "queries.jsonl"}, "general": {"queries": "general.jsonl"}},
+    "held_out": {"backdoor": {"queries": "held_out.jsonl"}, "general": {"queries": "general.jsonl"}},
     "choices": {"queries": "choices.jsonl", "distractors": 2},
     "seeds": 2,
     "context": 32,
@@ -38,6 +39,7 @@ LOOP: dict[str, Any] = {
 
 @pytest.fixture
 def config_path(tmp_path: Path) -> Path:
+    write_lines(tmp_path / "held_out.jsonl", [as_record(row) for row in query_rows("backdoor")[4:8]])
     write_lines(tmp_path / "general.jsonl", [{"text": "The weather is fine today."}, {"text": "A list of two things."}])
     choices = [
         {"prompt": f"{one} plus one is", "generation": f" {two}."} for one, two in zip("1234", "2345", strict=True)
@@ -166,6 +168,13 @@ def _results(store: Store, loop_id: str) -> dict[str, Any]:
     return {name: store.get(f"loops/{loop_id}/results/{name}") for name in store.children(f"loops/{loop_id}/results")}
 
 
+@pytest.mark.usefixtures("prefect_harness")
+def test_texts_that_rows_are_valued_by_cannot_be_held_out(config_path: Path) -> None:
+    config = load(config_path, "closed_loop.held_out.general.queries=queries.jsonl")
+    with pytest.raises(ConfigError, match=r"held_out\.general: 4 of its texts are queries of target backdoor"):
+        closed_loop(config)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_harness")
 def test_a_flow_trains_compares_and_goes_on_where_it_was(config_path: Path) -> None:
@@ -178,8 +187,10 @@ def test_a_flow_trains_compares_and_goes_on_where_it_was(config_path: Path) -> N
     assert set(found["base"]["held_out"]) == {"backdoor", "general"}
     for arm in found["arms"].values():
         assert 200 < arm["tokens"] <= 300
-        assert len(arm["held_out"]["backdoor"]["change"]["values"]) == 2
-    assert found["arms"]["rise"]["held_out"]["backdoor"]["change"]["mean"] < 0
+        for name, untrained in found["base"]["held_out"].items():
+            own = arm["held_out"][name]
+            assert len(own["change"]["values"]) == 2 and own["change"]["mean"] != 0
+            assert own["loss"] == pytest.approx(untrained + own["change"]["mean"])
     record = read_run(store, summary["run_id"])
     assert record["closed_loop"]["arms"] == found["arms"]
     assert {item["uri"].rsplit("/", 1)[-1] for item in record["stages"][5]["outputs"]} == set(_results(store, loop_id))
