@@ -21,7 +21,9 @@ from rise_ops.config import CurationConfig
 from rise_ops.demo.corpus import query_rows
 from rise_ops.errors import ConfigError
 from rise_ops.garbage import collect_garbage
-from rise_ops.runs import read_run
+from rise_ops.report import render_report
+from rise_ops.report_closed_loop import closed_loop_view
+from rise_ops.runs import read_run, write_run
 from rise_ops.store import Store
 from tests.curation import as_record, load, write_curation, write_lines
 
@@ -157,6 +159,42 @@ def test_a_loop_is_named_by_what_its_results_depend_on(config_path: Path) -> Non
     assert named("closed_loop.held_out.general.queries=moved.jsonl") == one
     moved.write_text(moved.read_text().replace("fine", "bad"))
     assert named("closed_loop.held_out.general.queries=moved.jsonl") != one
+
+
+def _record(config: CurationConfig, seeds: int) -> dict[str, Any]:
+    """A run's record: the loss after rise is 4.0, after random 4.5, with each further seed 0.1 higher."""
+    base = _run("base", 0, 5.0, 0.5)
+    losses = {"rise": 4.0, "random": 4.5}
+    results = [_run(arm, seed, loss + 0.1 * seed, 0.5) for arm, loss in losses.items() for seed in range(seeds)]
+    run = {"run_id": "run", "status": "completed", "started": "2026-01-31T12:00:00+00:00", "stages": []}
+    return {**run, "closed_loop": {"loop_id": "l", **compare_results(config, base, results)}}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_report_shows_what_each_arm_is_worth(config_path: Path, seeds: int) -> None:
+    config = load(config_path, "closed_loop.arms=[rise, random]", f"closed_loop.seeds={seeds}")
+    store = Store(config.store)
+    write_run(store, _record(config, seeds))
+    page = render_report(store, "run")
+    assert page.count('id="h-closed_loop"') == 1
+    assert page.count("<svg") == 2 * 2  # a wide and a narrow drawing of each held-out set
+    assert "Against the untrained model&#39;s 5.000, in nats a token" in page
+    assert page.index("Loss on backdoor") < page.index("Loss on general")  # the target first
+    if seeds == 1:
+        assert "at the one seed: no interval" in page and "One seed gives no interval" in page
+        assert "−1.000" in page and "−0.500" in page
+    else:
+        view = closed_loop_view(_record(config, seeds)["closed_loop"])
+        assert view is not None and [row.arm for row in view.held_out[0].rows] == ["rise", "random"]
+        own, chance = view.held_out[0].rows
+        assert own.change.mean == pytest.approx(-0.9) and own.against_random is not None and own.against_random.is_clear
+        assert own.change.span == pytest.approx((-0.9 - 0.2484, -0.9 + 0.2484), abs=1e-4)
+        assert chance.against_random is None
+        assert [each.name for each in view.choices] == ["acc", "acc_norm"]
+
+
+def test_a_loop_that_did_not_come_to_its_end_is_not_shown() -> None:
+    assert closed_loop_view(None) is None and closed_loop_view({"loop_id": "l"}) is None
 
 
 def test_no_loop_is_an_error(tmp_path: Path) -> None:
