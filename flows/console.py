@@ -348,6 +348,7 @@ def show_measured(found: Json) -> None:
         what = "process, libraries included" if found["device"] == "cpu" else "GPU"
         table.add_row(f"peak of the {what}", f"{found['peak_bytes'] / 2**20:,.0f} MiB")
     _OUT.print(table)
+    _OUT.print("Random weights keep many candidates of each token; a trained model keeps few, and is sketched faster.")
 
 
 def show_changes(found: Json) -> None:

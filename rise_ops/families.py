@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,9 +98,7 @@ class Preset:
 
     def shape(self) -> ModelShape:
         """Sizes, with the exact number of parameters; no weight is allocated."""
-        from rise_ops.model_shape import shape_of
-
-        return shape_of(self.config())
+        return _shape(self)
 
     def build(self, *, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> Any:
         """A model of random weights, as transformers draws them before training."""
@@ -133,6 +132,13 @@ class Preset:
         return plan_shape(
             self.shape(), self.widths.sketch, dtype=getattr(torch, dtype), device=device, memory=memory, name=self.name
         )
+
+
+@lru_cache(64)
+def _shape(preset: Preset) -> ModelShape:
+    from rise_ops.model_shape import shape_of
+
+    return shape_of(preset.config())
 
 
 def _pythia(size: str, hidden: int, layers: int, heads: int, vocab: int = 50_304, widths: Widths = _WIDE) -> Preset:
