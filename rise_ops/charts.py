@@ -250,16 +250,17 @@ def intervals(items: Sequence[Interval], *, unit: str, words: Words) -> Markup:
         for number, item in enumerate(items):
             foot, look = to.down(number + 0.72), "kept" if item.mean < 0 else "dropped"
             to.path(f"M{to.left} {to.down(number + 1):.1f}H{to.right}", "grid")
+            to.path(f"M{to.across(0):.1f} {foot - 8:.1f}v16", "zero")
             if item.span is not None:
                 low, high = (to.across(end) for end in item.span)
                 to.path(f"M{low:.1f} {foot - 5:.1f}v10m0-5H{high:.1f}m0-5v10", f"error {look}")
             ticks_ = (f"M{to.across(value):.1f} {foot - 3:.1f}v6" for value in item.values)
             to.path("".join(ticks_), f"error {look}")
             to.points([(item.mean, number + 0.72)], look)
-            to.text(to.left, to.down(number + 0.38), shortened(visible(item.label), 30), "start", "name")
+            room = int((width - 12) / _LETTER) - len(item.note) - 2
+            to.text(to.left, to.down(number + 0.38), shortened(visible(item.label), room), "start", "name")
             to.text(to.right, to.down(number + 0.38), item.note, "end")
         to.columns_axis(unit)
-        to.zero_line()
         return to
 
     return _responsive(draw, words)

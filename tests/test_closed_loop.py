@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.closed_loop import closed_loop
+from rise_ops.charts import Interval, Words, intervals
 from rise_ops.closed_loop import (
     compare_results,
     interval,
@@ -193,6 +196,20 @@ def test_a_report_shows_what_each_arm_is_worth(config_path: Path, seeds: int) ->
         assert [each.name for each in view.choices] == ["acc", "acc_norm"]
 
 
+def test_a_chart_of_intervals_tells_better_from_worse_by_shape() -> None:
+    items = [Interval("one", "−1", -1.0, (-1.5, -0.5), [-1.2, -0.8]), Interval("two <b>", "+2", 2.0, None, [2.0])]
+    drawn = intervals(items, unit="change", words=Words("Change by arm", "one −1; two +2."))
+    wide, narrow = drawn.split('<div class="narrow">')
+    for page in (wide, narrow):
+        assert page.count('class="points kept"') == page.count('class="points dropped"') == 1
+        assert page.count('class="zero"') == 2
+        assert "two &lt;b&gt;" in page and "<desc" in page
+    bar = re.search(r'class="error kept" d="M([\d.]+) [\d.]+v10m0-5H([\d.]+)m', wide)
+    dot = re.search(r'class="points kept" d="M([\d.]+) ', wide)
+    assert bar and dot and 2 * float(dot[1]) == pytest.approx(float(bar[1]) + float(bar[2]), abs=0.2)
+    assert wide.count("v10m0-5H") == 1  # no interval, no bar
+
+
 def test_a_loop_that_did_not_come_to_its_end_is_not_shown() -> None:
     assert closed_loop_view(None) is None and closed_loop_view({"loop_id": "l"}) is None
 
@@ -253,8 +270,6 @@ def test_a_flow_trains_compares_and_goes_on_where_it_was(config_path: Path) -> N
 
 
 def _measured(result: bytes) -> Any:
-    import json
-
     found = json.loads(result)
     return {name: found[name] for name in ("held_out", "choices", "training", "rows", "tokens")}
 
