@@ -14,6 +14,7 @@ Arm = Literal["rise", "lowest", "random", "bm25", "length"]
 
 class _Method(Section):
     name: str | None = Field(None, min_length=1, max_length=40, description="What tables call it.")
+    seeds: int | None = Field(None, ge=1, le=100, description="Runs, if it draws; default: compare.seeds.")
 
 
 class RiseMethod(_Method):

@@ -78,7 +78,7 @@ def method_names(methods: Sequence[MethodConfig]) -> list[str]:
 
 
 def _told(method: MethodConfig) -> str:
-    given = method.model_dump(mode="json", exclude={"method", "name", "checkpoints"}, exclude_defaults=True)
+    given = method.model_dump(mode="json", exclude={"method", "name", "seeds", "checkpoints"}, exclude_defaults=True)
     return " ".join([method.method, *(f"{name} {_short(value)}" for name, value in given.items())])
 
 

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from rise_ops.baselines.base import Method, Query, Rows, Setting
-from rise_ops.baselines.registry import open_method
+from rise_ops.baselines.registry import METHODS, open_method
 from rise_ops.blocks import read_block, read_doc_ids
 from rise_ops.compare_config import CompareConfig, MethodConfig, RiseMethod
 from rise_ops.config import CurationConfig
@@ -207,14 +207,12 @@ def setting_of(config: CurationConfig, material: Material, facts: Facts, *, scra
 
 def method_seeds(method: MethodConfig, compare: CompareConfig) -> range:
     """Numbers of a method's runs: one where it draws nothing."""
-    from rise_ops.baselines.registry import METHODS
-
-    return range(compare.seeds if METHODS[method.method].draws else 1)
+    return range((method.seeds or compare.seeds) if METHODS[method.method].draws else 1)
 
 
 def method_key(material: Material, config: CurationConfig, method: MethodConfig, seed: int) -> str:
     """Where a method's outcome is in the store; what does not bear on it is left out."""
-    own = method.model_dump(mode="json", exclude={"name"})
+    own = method.model_dump(mode="json", exclude={"name", "seeds"})
     sketch = config.sketch.fingerprint if isinstance(method, RiseMethod) else None
     tuning = config.tuning.fingerprint if isinstance(method, RiseMethod) and method.temperature == "auto" else None
     identity = fingerprint([own, sketch, tuning, config.sketch.seed + _SEED_STEP * seed])
@@ -249,7 +247,7 @@ def run_method(store: Store, config: CurationConfig, material: Material, facts: 
             index_bytes=int(stored),
             loaded_bytes=loaded,
             peak_bytes=memory_peak(),
-            parameters=method.model_dump(mode="json", exclude={"name", "method"}),
+            parameters=method.model_dump(mode="json", exclude={"name", "seeds", "method"}),
             settings=ranking.figures(),
         )
 
