@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from rise_ops.config import CurationConfig, parse_config
 from rise_ops.errors import ConfigError
+from rise_ops.families import LEAN
 
 PaperTask = Literal["howdy", "finance_medical", "brain_rot"]
 
@@ -30,9 +31,6 @@ TITLES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Titles by task."""
-
-_LEAN = {"dim_r": 16, "dim_h": 8, "dim_g": 28}
-"""704 bytes a row: the storage that the paper holds against RapidIn's."""
 
 
 def paper_config(task: PaperTask, *, store: str, pool: Sequence[str], queries: str, model: str,
@@ -70,7 +68,14 @@ def paper_config(task: PaperTask, *, store: str, pool: Sequence[str], queries: s
         {**rise, "name": "RISE T 0.1", "temperature": 0.1},
         {**rise, "name": "RISE T 1", "temperature": 1.0},
         {**rise, "name": "RISE T auto", "temperature": "auto"},
-        {**rise, "name": "RISE T 1, 704 bytes", "temperature": 1.0, **_LEAN},
+        {
+            **rise,
+            "name": "RISE T 1, 704 bytes",
+            "temperature": 1.0,
+            "dim_r": LEAN.dim_r,
+            "dim_h": LEAN.dim_h,
+            "dim_g": LEAN.dim_g,
+        },
         {"method": "rapidin", "name": "RapidIn", "seeds": 1},
         {"method": "trackstar", "name": "TrackStar-like", "seeds": 1},
         {"method": "last_layer", "name": "LM-head gradient"},

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from rise_ops.baselines.base import Float32Array, Need, Query, Setting, VectorMethod
 from rise_ops.compare_config import RiseMethod
 from rise_ops.config import SketchConfig
 from rise_ops.errors import ConfigError
 from rise_ops.memory import sketch_memory
-from rise_ops.signatures import Signer
+from rise_ops.signatures import Signer, plan_shape
 
 
 class Rise(VectorMethod):
@@ -45,9 +46,20 @@ class Rise(VectorMethod):
         return self.sketch.dim
 
     def need(self) -> Need:
-        """What a signer plans with; it fits its batches into what there is."""
-        plan, _ = sketch_memory(self.setting.memory, dim=self.width, tasks=1)
-        return Need(plan.bytes, plan.text)
+        """What a signer plans with: it fits its batches into what there is.
+
+        Raises
+        ------
+        LimitError
+            Not even one chunk fits.
+        """
+        _, memory = sketch_memory(self.setting.memory, dim=self.width, tasks=1)
+        model = self.setting.model
+        dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+        plan = plan_shape(self.setting.shape, self.sketch, dtype=dtype, device="cpu", memory=memory, name=model.name)
+        return Need(
+            plan.peak_bytes - plan.weight_bytes, f"batches of {plan.tokens:,} tokens and {plan.chunks:,} chunks"
+        )
 
     def load(self) -> None:
         """The model with its sketch."""
