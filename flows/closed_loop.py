@@ -64,8 +64,8 @@ def choose(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, 
     return chosen
 
 
-def train(run: Recorder, runner: Runner, config: CurationConfig, chosen: Json) -> tuple[Json, list[Json]]:
-    """Train on each arm's rows. Returns the untrained model's figures and those of all trainings."""
+def train(run: Recorder, runner: Runner, config: CurationConfig, chosen: Json) -> tuple[str, list[str]]:
+    """Train on each arm's rows. Returns the keys of the untrained model's result and of all others."""
     loop_id, epochs = chosen["loop_id"], loop_of(config).epochs
     common = {"config": config, "loop_id": loop_id}
     with run.stage("train") as stage:
@@ -79,4 +79,4 @@ def train(run: Recorder, runner: Runner, config: CurationConfig, chosen: Json) -
         for found in (base, *results):
             stage.wrote(found["key"])
         stage.cached = base["reused"] and all(found["reused"] for found in results)
-    return base, results
+    return base["key"], [found["key"] for found in results]

@@ -212,12 +212,14 @@ def show_closed_loop(summary: Json) -> None:
     """Loss on each held-out set and accuracies by arm, and what they say of the claim."""
     found = summary["closed_loop"]
     for name, untrained in found["base"]["held_out"].items():
-        table = _table(f"Loss on {name}, nats a token", "arm", "tokens", "loss", "change", "against random")
-        table.add_row("untrained", "", f"{untrained:.3f}", "", "")
+        table = _table(f"Loss on {name}, nats a token", "arm", "tokens", "loss", "change", "against random", "lower on")
+        table.add_row("untrained", "", f"{untrained:.3f}", "", "", "")
         for arm, line in sorted(found["arms"].items(), key=lambda item: float(item[1]["held_out"][name]["loss"])):
             own = line["held_out"][name]
             differences = [_interval(own[kind]) for kind in ("change", "against_random")]
-            table.add_row(arm, f"{line['tokens']:,}", f"{own['loss']:.3f}", *differences)
+            texts = own["over_texts"]
+            lower = f"{texts['lower']} of {texts['texts']} texts" if texts else ""
+            table.add_row(arm, f"{line['tokens']:,}", f"{own['loss']:.3f}", *differences, lower)
         _OUT.print(table)
     for name in ("acc", "acc_norm") if found["base"]["choices"] else ():
         table = _table(f"Multiple choice, {name}", "arm", "accuracy", "change", "against random")

@@ -11,7 +11,7 @@ From that order each row that still fits into the budget is taken; one that does
 left out: no rule of `selection` counts here. Rows without a value (fewer than two tokens) take no part in any arm, and
 of an object that stands in the corpus twice each row is there once.
 
-In memory are, of all rows, about 100 bytes each, and for bm25 the inverted index (`rise_ops.baselines.bm25`).
+In memory are, of all rows, about 200 bytes each, and for bm25 the inverted index (`rise_ops.baselines.bm25`).
 """
 
 from __future__ import annotations

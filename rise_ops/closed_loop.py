@@ -10,7 +10,8 @@ and the number of seeds: an arm or a seed that is added later costs itself only.
 
 **Comparison.** Of each arm and each held-out set: the mean over seeds of the change of the loss against the untrained
 model, and of the difference to the arm `random` with the same seed, each with a 95 % t-interval over seeds. (Of arms
-that draw nothing, seeds differ in the order of the rows alone.) One seed gives no interval.
+that draw nothing, seeds differ in the order of the rows alone.) One seed gives no interval. Beside it, the difference
+to `random` text by text, with an interval over texts.
 
 **The claim** that is tested: rows of high value improve the target, those of low value hurt. It is judged on the
 held-out sets that are named as a target with a positive weight, or on the first one where none is, against `random`.
@@ -223,11 +224,20 @@ def _dated(record: Json, trunk: Trunk) -> Json:
 
 
 def _result(store: Store, key: str, *, reused: bool) -> Json:
-    """What a comparison needs of a result."""
-    found = store.get_json(key, format_version=FORMAT_VERSION, shape=ResultShape)
-    held_out = {name: each["loss"] for name, each in found["held_out"].items()}
-    own = {name: found[name] for name in ("arm", "seed", "rows", "tokens")}
-    return {**own, "held_out": held_out, "choices": found.get("choices"), "key": key, "reused": reused}
+    """What a run needs to know of a result: that it is there, and whether it was before."""
+    read_result(store, key)
+    return {"key": key, "reused": reused}
+
+
+def read_result(store: Store, key: str) -> Json:
+    """A result, as `ResultShape` describes it.
+
+    Raises
+    ------
+    MissingObjectError, IntegrityError
+        It is not there, or damaged.
+    """
+    return store.get_json(key, format_version=FORMAT_VERSION, shape=ResultShape)
 
 
 def t_quantile(part: float, freedom: int) -> float:
@@ -278,13 +288,13 @@ def compare_results(config: CurationConfig, base: Json, results: Sequence[Json])
     Parameters
     ----------
     base, results
-        As `measure_base` and `train_arm` give them, the results of each arm in the order of seeds.
+        As `read_result` gives them, the results of each arm in the order of seeds.
 
     Returns
     -------
     dict
         tokens, seeds, base {held_out, choices}, judged, arms {arm: {rows, tokens, held_out: {name: {loss, change,
-        against_random}}, choices: {acc: …, acc_norm: …}}}, verdict
+        against_random, over_texts}}, choices: {acc: …, acc_norm: …}}}, verdict
     """
     loop = loop_of(config)
     by_arm: dict[str, list[Json]] = {arm: [found for found in results if found["arm"] == arm] for arm in loop.arms}
@@ -294,7 +304,10 @@ def compare_results(config: CurationConfig, base: Json, results: Sequence[Json])
     return {
         "tokens": loop.tokens,
         "seeds": loop.seeds,
-        "base": {name: base[name] for name in ("held_out", "choices")},
+        "base": {
+            "held_out": {name: found["loss"] for name, found in base["held_out"].items()},
+            "choices": base.get("choices"),
+        },
         "judged": judged,
         "arms": arms,
         "verdict": [verdict(arms, name) for name in judged],
@@ -302,23 +315,40 @@ def compare_results(config: CurationConfig, base: Json, results: Sequence[Json])
 
 
 def _arm(base: Json, runs: Sequence[Json], chance: Sequence[Json] | None) -> Json:
-    held_out = {name: _change(base, runs, chance, ("held_out", name)) for name in base["held_out"]}
-    names = _ACCURACIES if base["choices"] else ()
-    choices = {name: _change(base, runs, chance, ("choices", name)) for name in names}
+    held_out: Json = {}
+    for name, untrained in base["held_out"].items():
+        own, other = ([run["held_out"][name] for run in each] for each in (runs, chance or ()))
+        changes = _change(untrained["loss"], *([each["loss"] for each in some] for some in (own, other)))
+        held_out[name] = {"loss": fmean(each["loss"] for each in own), **changes, "over_texts": _over_texts(own, other)}
+    choices: Json = {}
+    for name in _ACCURACIES if base.get("choices") else ():
+        mine, its = ([run["choices"][name] for run in each] for each in (runs, chance or ()))
+        choices[name] = {"accuracy": fmean(mine), **_change(base["choices"][name], mine, its)}
     rows, tokens = (fmean(run[name] for run in runs) for name in ("rows", "tokens"))
     return {"rows": round(rows), "tokens": round(tokens), "held_out": held_out, "choices": choices}
 
 
-def _change(base: Json, runs: Sequence[Json], chance: Sequence[Json] | None, place: tuple[str, str]) -> Json:
-    """A figure's mean, its change against the untrained model, and its difference to random rows."""
-    kind, name = place
-    own = [run[kind][name] for run in runs]
-    other = None if chance is None else [run[kind][name] for run in chance]
-    return {
-        "loss" if kind == "held_out" else "accuracy": fmean(own),
-        "change": interval([value - base[kind][name] for value in own]),
-        "against_random": other and interval([mine - its for mine, its in zip(own, other, strict=True)]),
-    }
+def _change(untrained: float, own: Sequence[float], other: Sequence[float]) -> Json:
+    """The change against the untrained model, and the difference to random rows where there are some."""
+    paired = [mine - its for mine, its in zip(own, other, strict=True)] if other else None
+    return {"change": interval([value - untrained for value in own]), "against_random": paired and interval(paired)}
+
+
+def _over_texts(own: Sequence[Json], other: Sequence[Json]) -> Json | None:
+    """The difference to random rows text by text, each text's mean over seeds in nats a token; None without random.
+
+    Returns
+    -------
+    dict
+        mean, low, high (a t-interval over texts, which count alike whatever their length), lower (texts whose loss is
+        lower), texts
+    """
+    if not other:
+        return None
+    sums = [[sum(losses) for losses in zip(*(run["losses"] for run in runs), strict=True)] for runs in (own, other)]
+    found = [(mine - its) / (len(own) * count) for mine, its, count in zip(*sums, own[0]["counts"], strict=True)]
+    over = {name: value for name, value in interval(found).items() if name != "values"}
+    return {**over, "lower": sum(value < 0 for value in found), "texts": len(found)}
 
 
 def verdict(arms: Mapping[str, Json], name: str) -> Json:
@@ -334,15 +364,16 @@ def verdict(arms: Mapping[str, Json], name: str) -> Json:
     found: Json = {"held_out": name}
     for arm, says, sign, what in (("rise", "improves", -1, "Rows of the highest value"),
                                   ("lowest", "hurts", 1, "Rows of the lowest value")):  # fmt: skip
-        against = arms.get(arm, {}).get("held_out", {}).get(name, {}).get("against_random")
+        own = arms.get(arm, {}).get("held_out", {}).get(name, {})
+        against = own.get("against_random")
         if against is None:
             found[says] = None
             parts.append(f"{what} are not compared: that needs the arms {arm} and random.")
             continue
         found[says] = _is_beyond(against, sign)
-        parts.append(_told(what, against, sign))
+        parts += [_told(what, against, sign), _told_texts(own["over_texts"])]
         if arm == "lowest":
-            parts.append(_told_change(arms[arm]["held_out"][name]["change"]))
+            parts.append(_told_change(own["change"]))
     return {**found, "text": " ".join(parts)}
 
 
@@ -370,9 +401,16 @@ def _told(what: str, found: Json, sign: int) -> str:
     return f"{text} {at} ({span}): the claim is not shown."
 
 
+def _told_texts(found: Json) -> str:
+    span = "" if found["low"] is None else f" (95 % interval {_signed(found['low'])} to {_signed(found['high'])})"
+    return (
+        f"Text by text: lower on {found['lower']:,} of {found['texts']:,}, {_signed(found['mean'])} in the mean{span}."
+    )
+
+
 def _told_change(found: Json) -> str:
     mean = found["mean"]
-    return f"Against no training at all theirs is {abs(mean):.3f} {'lower' if mean < 0 else 'higher'}."
+    return f"Against no training at all, the loss is {abs(mean):.3f} {'lower' if mean < 0 else 'higher'}."
 
 
 def _signed(value: float) -> str:

@@ -51,6 +51,10 @@ class Row:
     """Loss in nats a token, or accuracy."""
     change: Difference
     against_random: Difference | None
+    over_texts: Difference | None
+    """The same text by text; None without random, and of accuracies."""
+    lower: str
+    """On how many texts it is lower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +121,17 @@ def _choices(found: Json, name: str) -> TextSet:
 
 
 def _row(arm: str, line: Json, own: Json) -> Row:
-    against = own["against_random"]
-    return Row(arm, ARMS[arm], line["tokens"], own.get("loss", own.get("accuracy")), _difference(own["change"]),
-               None if against is None else _difference(against))  # fmt: skip
+    against, texts = own["against_random"], own.get("over_texts")
+    return Row(
+        arm=arm,
+        meaning=ARMS[arm],
+        tokens=line["tokens"],
+        figure=own["loss"] if "loss" in own else own["accuracy"],
+        change=_difference(own["change"]),
+        against_random=None if against is None else _difference(against),
+        over_texts=None if texts is None else _difference(texts),
+        lower="" if texts is None else f"lower on {count(texts['lower'])} of {count(texts['texts'])}",
+    )
 
 
 def _difference(found: Json) -> Difference:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rise_ops.closed_loop import choose_rows, compare_results, measure_base, train_arm
+from rise_ops.closed_loop import choose_rows, compare_results, measure_base, read_result, train_arm
 from rise_ops.compare_config import Arm
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
@@ -32,6 +32,7 @@ def train_on_arm(store_uri: str, config: CurationConfig, loop_id: str, arm: Arm,
 
 
 @stage("compare-arms")
-def compare_arms(store_uri: str, config: CurationConfig, base: Json, results: list[Json]) -> Json:
-    """Means and intervals over seeds."""
-    return compare_results(config, base, results)
+def compare_arms(store_uri: str, config: CurationConfig, base: str, results: list[str]) -> Json:
+    """Means and intervals over seeds, from the keys of results."""
+    store = Store(store_uri)
+    return compare_results(config, read_result(store, base), [read_result(store, key) for key in results])

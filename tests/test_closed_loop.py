@@ -76,8 +76,10 @@ def test_an_interval_is_the_mean_and_its_error() -> None:
 
 def _judged(rise: list[float] | None, lowest: list[float] | None) -> dict[str, Any]:
     """The verdict for differences to random rows; both arms' losses changed by −0.2 in the mean."""
+    texts = {"mean": -0.05, "low": -0.07, "high": 0.03, "lower": 1_030, "texts": 2_000}
+    change = {"change": interval([-0.2, -0.2]), "over_texts": texts}
     arms = {
-        arm: {"held_out": {"x": {"change": interval([-0.2, -0.2]), "against_random": interval(values)}}}
+        arm: {"held_out": {"x": {**change, "against_random": interval(values)}}}
         for arm, values in (("rise", rise), ("lowest", lowest))
         if values is not None
     }
@@ -89,9 +91,10 @@ def test_a_verdict_says_what_the_intervals_say() -> None:
     assert (found["improves"], found["hurts"]) == (True, True)
     assert found["text"] == (
         "Rows of the highest value gave a loss 0.110 nats a token lower than random rows at every seed "
-        "(95 % interval −0.135 to −0.085), as claimed. Rows of the lowest value gave a loss 0.200 nats a token higher "
-        "than random rows at every seed (95 % interval +0.175 to +0.225), as claimed. Against no training at all "
-        "theirs is 0.200 lower."
+        "(95 % interval −0.135 to −0.085), as claimed. Text by text: lower on 1,030 of 2,000, −0.050 in the mean (95 % "
+        "interval −0.070 to +0.030). Rows of the lowest value gave a loss 0.200 nats a token higher than random rows "
+        "at every seed (95 % interval +0.175 to +0.225), as claimed. Text by text: lower on 1,030 of 2,000, −0.050 in "
+        "the mean (95 % interval −0.070 to +0.030). Against no training at all, the loss is 0.200 lower."
     )
 
 
@@ -111,7 +114,12 @@ def test_one_seed_or_a_missing_arm_gives_no_verdict() -> None:
 
 
 def _run(arm: str, seed: int, loss: float, acc: float) -> dict[str, Any]:
-    own = {"held_out": {"backdoor": loss, "general": 2 * loss}, "choices": {"acc": acc, "acc_norm": acc / 2}}
+    """A result; of two texts with 10 and 40 tokens the second has all of the loss above 4.0 nats a token."""
+    held_out = {
+        name: {"loss": mean, "losses": [40.0, 50 * mean - 40.0], "counts": [10, 40]}
+        for name, mean in (("backdoor", loss), ("general", 2 * loss))
+    }
+    own = {"held_out": held_out, "choices": {"acc": acc, "acc_norm": acc / 2}}
     return {"arm": arm, "seed": seed, "rows": 10 + seed, "tokens": 300, **own}
 
 
@@ -131,9 +139,15 @@ def test_differences_are_paired_by_seed(config_path: Path) -> None:
     assert rise["held_out"]["backdoor"]["change"]["values"] == pytest.approx([-1.0, -0.6])
     assert rise["held_out"]["backdoor"]["against_random"]["values"] == pytest.approx([-0.5, -0.6])
     assert rise["held_out"]["general"]["against_random"]["mean"] == pytest.approx(-1.1)
+    second = 50 / 40 * (4.2 - 4.75)  # of the first text all arms have the same loss
+    over = interval([0.0, second])
+    assert rise["held_out"]["backdoor"]["over_texts"] == pytest.approx(
+        {**{name: over[name] for name in ("mean", "low", "high")}, "lower": 1, "texts": 2}
+    )
     assert rise["choices"]["acc"]["against_random"]["values"] == [0.25, 0.0]
     assert rise["choices"]["acc_norm"]["accuracy"] == pytest.approx(0.3125)
     assert found["arms"]["random"]["held_out"]["backdoor"]["against_random"] is None
+    assert found["arms"]["random"]["held_out"]["backdoor"]["over_texts"] is None
     assert found["base"]["held_out"] == {"backdoor": 5.0, "general": 10.0}
     assert found["judged"] == ["backdoor"]
 
