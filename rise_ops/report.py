@@ -151,7 +151,7 @@ def _contents(shown: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Sections of the page, each with its title in the list of contents."""
     decided, examples = shown["decided"], shown["examples"]
     sections = [
-        ("verdict", "Verdict", decided or shown["notices"] or not shown["comparison"]),
+        ("verdict", "Verdict", decided or not shown["comparison"]),
         ("comparison", "Comparison", shown["comparison"]),
         ("closed_loop", "Closed loop", shown["closed_loop"]),
         ("steps", "What decided", decided),

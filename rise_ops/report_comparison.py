@@ -147,13 +147,13 @@ def _verdict(lines: Sequence[Line], ks: Sequence[int], middle: int) -> list[str]
 
 
 def _better(own: Line, others: Sequence[Line], k: int) -> list[tuple[str, float]]:
-    """Names of better lines and by how much, the best first."""
+    """Names of better lines and by how much, as figures are printed; the best first."""
     found = [(line.name, _at(line, k) - _at(own, k)) for line in others if _at(line, k) > _at(own, k)]
     return sorted(found, key=lambda each: -each[1])
 
 
 def _at(line: Line, k: int) -> float:
-    return mean(line.figures[str(k), "auprc"])
+    return _shown(line, (str(k), "auprc"))
 
 
 def _diluted(settings: Sequence[Setting], middle: int) -> list[tuple[Row, list[Cell]]]:

@@ -133,6 +133,7 @@ def test_what_beats_rise_is_said_at_each_k() -> None:
     ("methods", "told"),
     [
         ((RISE, outcome("bm25", (0.1, 0.2, 0.3))), "rise T 1, the best RISE line at K = 10: no other method"),
+        ((RISE, outcome("as good", (0.9, 0.8803, 0.8))), "no other method has a higher auPRC"),
         ((RISE, LARGE), "No other method has figures"),
         ((LEXICAL, LARGE), "RISE has no figures here"),
     ],
@@ -214,4 +215,4 @@ def test_names_and_reasons_are_no_markup(tmp_path: Path) -> None:
     assert not [tag for tag, _ in found.tags if tag == "script"]
     assert "\u202e" not in html and "{{ 7*7 }}" in found.text
     headings = [attributes for tag, attributes in found.tags if tag == "section"]
-    assert [each["id"] for each in headings][:1] == ["comparison"]
+    assert [each["id"] for each in headings] == ["comparison", "run", "lineage", "reading"]
