@@ -16,7 +16,6 @@ thinned for its own queries only.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,6 +43,7 @@ from rise_ops.progress import Progress, silent
 from rise_ops.scratch import Scratch
 from rise_ops.session import block_rows
 from rise_ops.signatures import ESTIMATOR_VERSION
+from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.targets import read_queries
 from rise_ops.trunk import load_trunk
@@ -54,6 +54,8 @@ METHODS_VERSION = 1
 
 _BATCH = 256
 _SEED_STEP = 1_000
+_SCRATCH_BYTES = 64 * 2**20
+"""Of an index that is in memory, so that a method's peak is what it works with; the rest is in a file."""
 
 Json = dict[str, Any]
 Float32Array = npt.NDArray[np.float32]
@@ -220,7 +222,7 @@ def method_key(material: Material, config: CurationConfig, method: MethodConfig,
 
 
 def run_method(store: Store, config: CurationConfig, material: Material, facts: Facts, method: MethodConfig, *,
-               seed: int, memory: Progress = silent, progress: Progress = silent) -> Outcome:  # fmt: skip
+               seed: int, progress: Progress = silent) -> Outcome:  # fmt: skip
     """Run one method, in this process.
 
     Raises
@@ -231,8 +233,8 @@ def run_method(store: Store, config: CurationConfig, material: Material, facts: 
         Whatever the method meets.
     """
     compare, rows = config.compare, StoreRows(store, material.blocks, material.rows)
-    with tempfile.TemporaryDirectory(prefix="curate-compare-") as folder:
-        scratch = Scratch(Path(folder), int(config.limits.memory) // 4)
+    with spool() as folder:
+        scratch = Scratch(folder, _SCRATCH_BYTES)
         opened = open_method(method, setting_of(config, material, facts, scratch=scratch, seed=seed))
         refuse_if_too_large(opened, method)
         load_seconds, _ = _timed(opened.load)
