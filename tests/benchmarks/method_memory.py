@@ -8,9 +8,10 @@ Markdown tables say where each method stops to fit. Of RISE, which fits its batc
 shown that it works with. The model's weights come on top for all.
 
 With `--measure` a model of random weights is saved to a temporary folder, and each method reads some rows as long as it
-looks at and scores them, in a process of its own, in float32 on the CPU, allowed no more than it plans. Measured is
-the peak of resident memory beyond the loaded model; code that is loaded on first use is part of it (some 50 MiB).
-`z0_inf` is left out, which loads its models as it goes and else does what `loss` does, and so is what reads no model.
+looks at and scores them, in a process of its own, in float32 on the CPU, allowed no more than it plans, RISE what
+`--memory` says. Measured is the peak of resident memory beyond the loaded model; code that is loaded on first use is
+part of it (some 50 MiB). `z0_inf` is left out, which loads its models as it goes and else does what `loss` does, and so
+is what reads no model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from rise_ops.compare_config import MethodConfig
 from rise_ops.config import ModelConfig
 from rise_ops.errors import LimitError
 from rise_ops.families import PRESETS, Preset, find_preset
-from rise_ops.memory import MIB, sketch_memory
+from rise_ops.memory import MIB
 from rise_ops.scratch import Scratch
 from tests.benchmarks.memory import resident
 
@@ -129,8 +130,7 @@ def least_rise(preset: Preset) -> int:
 
 def _works(preset: Preset, memory: int) -> bool:
     try:
-        _, rest = sketch_memory(memory, dim=preset.widths.sketch.dim)
-        preset.plan(memory=rest, dtype="float32")
+        open_method(configured("rise"), planned_setting(preset, memory)).need()
     except LimitError:
         return False
     return True
@@ -200,7 +200,8 @@ def run_one(name: str, setting: Setting, *, rows: int) -> dict[str, Any]:
 
     steady_heap()
     planned = open_method(configured(name), setting).need().bytes
-    method = open_method(configured(name), replace(setting, memory=planned, rows=rows, queries=2))
+    allowed = setting.memory if name == "rise" else planned
+    method = open_method(configured(name), replace(setting, memory=allowed, rows=rows, queries=2))
     draw = random.Random(0)
     texts = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=_LONG)) for _ in range(rows)]
     load_trunk(setting.model).encode(texts)
