@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rise_ops.baselines.base import Method, Query, Rows, Setting
+from rise_ops.baselines.base import ROWS, Method, Query, Rows, Setting
 from rise_ops.baselines.registry import METHODS, open_method
+from rise_ops.baselines.zeroth_order import checkpoint_config
 from rise_ops.blocks import read_block, read_doc_ids
-from rise_ops.compare_config import CompareConfig, MethodConfig, RiseMethod
+from rise_ops.compare_config import CompareConfig, MethodConfig, RiseMethod, ZerothOrderMethod
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion
 from rise_ops.errors import ConfigError, LimitError
@@ -52,7 +53,6 @@ FORMAT_VERSION = 1
 METHODS_VERSION = 1
 """Raised when a method of the same name and parameters would give other scores."""
 
-_BATCH = 256
 _SEED_STEP = 1_000
 _SCRATCH_BYTES = 64 * 2**20
 """Of an index that is in memory, so that a method's peak is what it works with; the rest is in a file."""
@@ -117,8 +117,8 @@ class StoreRows:
     def __iter__(self) -> Iterator[list[str]]:
         for block in self._blocks:
             texts = read_block(self._store, block, columns=("text",))["text"]
-            for start in range(0, len(texts), _BATCH):
-                yield texts[start : start + _BATCH].to_list()
+            for start in range(0, len(texts), ROWS):
+                yield texts[start : start + ROWS].to_list()
 
 
 def open_material(store: Store, config: CurationConfig, version: CorpusVersion) -> Material:
@@ -217,7 +217,9 @@ def method_key(material: Material, config: CurationConfig, method: MethodConfig,
     own = method.model_dump(mode="json", exclude={"name", "seeds"})
     sketch = config.sketch.fingerprint if isinstance(method, RiseMethod) else None
     tuning = config.tuning.fingerprint if isinstance(method, RiseMethod) and method.temperature == "auto" else None
-    identity = fingerprint([own, sketch, tuning, config.sketch.seed + _SEED_STEP * seed])
+    models = method.checkpoints if isinstance(method, ZerothOrderMethod) else ()
+    checkpoints = [model_fingerprint(checkpoint_config(config.model, name)) for name in models]
+    identity = fingerprint([own, sketch, tuning, checkpoints, config.sketch.seed + _SEED_STEP * seed])
     return f"comparisons/{material.identity}/{identity}.json"
 
 

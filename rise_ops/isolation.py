@@ -46,9 +46,7 @@ def run_isolated(module: str, call: Json, *, progress: Progress = silent) -> Jso
             child.kill()  # it has answered, or nobody waits for it any more
         code = child.wait()
     if found is None:
-        raise WorkerError(
-            f"the process of {module} {_death(code)}; with limits.memory as it is, the machine may lack memory for it"
-        )
+        raise WorkerError(f"the process of {module} {_death(code)}")
     return found
 
 
@@ -94,7 +92,9 @@ def _error(name: str, text: str) -> CurationError:
 
 
 def _death(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code} (its log says why)"
+    if code < 0:
+        return f"was killed by signal {-code}; if nobody did that, the machine lacks memory for it"
+    return f"ended with exit code {code}; its log on stderr says why"
 
 
 def _die_with_parent() -> None:

@@ -23,7 +23,8 @@ from rise_ops.trunk import Trunk, load_trunk
 
 Float32Array = npt.NDArray[np.float32]
 
-_TILE_ROWS = 256
+ROWS = 256
+"""Of a batch, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,8 @@ class Method(ABC):
     def scores(self, rows: Rows, queries: Sequence[Query]) -> Iterator[Float32Array]:
         """Scores of all rows, a higher one for more influence: float32 [rows of a batch, queries], in order.
 
+        NaN where there is none, as of a row too short to predict a token: such rows do not count.
+
         Batches need not be those of `rows`. Called after `build`.
         """
 
@@ -138,6 +141,10 @@ class VectorMethod(Method):
     def query_vectors(self, queries: Sequence[Query]) -> Float32Array:
         """Vectors that rows are multiplied with, [queries, width]. Called after `build`."""
 
+    def vector_bytes(self) -> int:
+        """Memory of the vectors of a batch, in float32 and as they are stored, of a tile, and of all queries."""
+        return 4 * self.width * (self.setting.queries + 3 * ROWS)
+
     def build(self, rows: Rows, *, progress: Progress = silent) -> int:
         """Vectors of all rows, one batch after the other."""
         self._index = self.setting.scratch.column("index", (len(rows), self.width), self.dtype)
@@ -150,12 +157,14 @@ class VectorMethod(Method):
 
     def tiles(self) -> Iterator[Float32Array]:
         """The stored vectors in order, [some rows, width]."""
-        step = max(1, min(_TILE_ROWS, 2**26 // (4 * self.width)))
+        step = max(1, min(ROWS, 2**26 // (4 * self.width)))
         for start in range(0, len(self._index), step):
             yield self._index.read(start, min(start + step, len(self._index))).astype(np.float32)
 
     def scores(self, rows: Rows, queries: Sequence[Query]) -> Iterator[Float32Array]:
-        """Inner products, in float32."""
+        """Inner products, in float32; NaN, which is no score, for a vector of zeros: a row that predicts nothing."""
         wanted = self.query_vectors(queries)
         for tile in self.tiles():
-            yield tile @ wanted.T
+            found = tile @ wanted.T
+            found[~tile.any(axis=1)] = np.nan
+            yield found

@@ -18,10 +18,12 @@ from rise_ops.baselines.language import Batch, batches, tokenized
 from rise_ops.compare_config import LastLayerMethod
 from rise_ops.config import SketchConfig
 from rise_ops.progress import Progress, silent
+from rise_ops.scratch import Column
 
 _ROWS = 8
 """Rows whose gradients are multiplied at a time, at most."""
 _TILE = 1_024
+_FLOOR = 1e-12
 
 
 class LastLayer(Method):
@@ -49,43 +51,47 @@ class LastLayer(Method):
         return 0
 
     def scores(self, rows: Rows, queries: Sequence[Query]) -> Iterator[Float32Array]:
-        """Cosines; 0 for a row of fewer than two tokens."""
+        """Cosines; NaN for a row of fewer than two tokens."""
         room = 3 + max(0, self.setting.memory - self.need().bytes) // self._gradient
         at_once = max(1, min(_ROWS, room // 3))
-        held = max(1, room - 2 * at_once)
+        held = max(1, room - 1 - at_once)
         table = self.setting.scratch.column("last_layer", (len(rows), len(queries)), np.float32)
+        buffer = torch.empty(at_once, self._gradient // 4, device=self.trunk.device)
         for first in range(0, len(queries), held):
-            some = queries[first : first + held]
-            wanted = torch.zeros(len(some), self._gradient // 4, device=self.trunk.device)
-            for places, gradients in self._gradients(some, at_once):
-                wanted[places] = gradients
-            start = 0
-            for texts in rows:
-                part = np.zeros((len(texts), len(some)), np.float32)
-                for places, gradients in self._gradients([Query(text) for text in texts], at_once):
-                    part[places] = (gradients @ wanted.T).cpu().numpy()
-                table.array[start : start + len(texts), first : first + len(some)] = part
-                start += len(texts)
+            self._pass(table, rows, queries[first : first + held], first, buffer)
         for start in range(0, len(rows), _TILE):
             yield table.read(start, start + _TILE)
 
     @torch.inference_mode()
-    def _gradients(self, queries: Sequence[Query], at_once: int) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """(places, unit gradients float32 [texts, V · D]) of some texts at a time."""
+    def _pass(self, table: Column, rows: Rows, queries: Sequence[Query], first: int, buffer: torch.Tensor) -> None:
+        """Scores of all rows for some queries, from number `first` on."""
+        wanted = torch.zeros(len(queries), self._gradient // 4, device=self.trunk.device)
+        for places, gradients in self._gradients(queries, buffer):
+            wanted[places] = gradients
+        start = 0
+        for texts in rows:
+            part = np.full((len(texts), len(queries)), np.nan, np.float32)
+            for places, gradients in self._gradients([Query(text) for text in texts], buffer):
+                part[places] = (gradients @ wanted.T).cpu().numpy()
+            table.array[start : start + len(texts), first : first + len(queries)] = part
+            start += len(texts)
+
+    def _gradients(self, queries: Sequence[Query], buffer: torch.Tensor) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """(places, unit gradients float32 [texts, V · D]) of some texts, in the buffer until the next ones."""
         texts = tokenized(self.trunk, queries, max_tokens=self._config.max_tokens)
         for batch in batches(self.trunk, texts):
             hidden = self.trunk.hidden_states(batch.ids, batch.lengths)[:, :-1].float()
-            for start in range(0, len(batch.places), at_once):
-                slots = range(start, min(start + at_once, len(batch.places)))
-                yield (
-                    batch.places[start : start + at_once],
-                    torch.stack([self._one(batch, hidden, slot) for slot in slots]),
-                )
+            for start in range(0, len(batch.places), len(buffer)):
+                places = batch.places[start : start + len(buffer)]
+                for slot in range(len(places)):
+                    self._one(batch, hidden, start + slot, buffer[slot])
+                yield places, buffer[: len(places)]
 
-    def _one(self, batch: Batch, hidden: torch.Tensor, slot: int) -> torch.Tensor:
+    def _one(self, batch: Batch, hidden: torch.Tensor, slot: int, out: torch.Tensor) -> None:
         """The gradient of one text, flat and of unit length."""
         counted = batch.counts[slot]
         states, targets = hidden[slot, counted], batch.ids[slot, 1:][counted]
         residual = torch.softmax(self._head.logits(states), dim=-1)
         residual[torch.arange(len(targets), device=targets.device), targets] -= 1
-        return torch.nn.functional.normalize((residual.T @ states).flatten(), dim=0)
+        torch.mm(residual.T, states, out=out.view(residual.shape[1], states.shape[1]))
+        out /= torch.linalg.vector_norm(out).clamp_min(_FLOOR)

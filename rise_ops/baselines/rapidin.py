@@ -45,22 +45,25 @@ class Folding:
 
     def __init__(self, entries: int, width: int, *, shuffles: int, seed: int) -> None:
         step = -(-entries // width)
-        whole = step * width
+        while len(sides := _sides(step * width)) == 0:  # a length that cannot be laid out as a matrix
+            step += 1
         generator = torch.Generator().manual_seed(seed)
-        sides = _sides(whole)
-        places = torch.arange(whole, dtype=torch.int32)
+        rounds = []
         for _ in range(shuffles):
             for dim in (0, 1):
                 side = sides[int(torch.randint(len(sides), (), generator=generator))]
                 order = torch.randperm(side, generator=generator)
-                shape = (side, -1) if dim == 0 else (-1, side)
-                places = places.view(shape).index_select(dim, order).flatten()
-        runs = torch.empty(whole, dtype=torch.int32)
-        runs[places.long()] = torch.arange(width, dtype=torch.int32).repeat_interleave(step)
+                rounds.append((dim, (side, -1) if dim == 0 else (-1, side), order))
+        # where an entry ends up is where the rounds, undone from the last to the first, bring the run that is there
+        runs = torch.arange(width, dtype=torch.int32).repeat_interleave(step)
+        for dim, shape, order in reversed(rounds):
+            runs = runs.view(shape).index_select(dim, order.argsort()).flatten()
         self.width = width
         self.runs = runs[:entries].clone()
         """int32 [entries]: the number that each entry is added to."""
-        self.signs = torch.randint(0, 2, (whole,), generator=generator, dtype=torch.int8)[:entries].mul_(2).sub_(1)
+        self.signs = (
+            torch.randint(0, 2, (step * width,), generator=generator, dtype=torch.int8)[:entries].mul_(2).sub_(1)
+        )
         """int8 [entries]: +1 or −1."""
 
     def to(self, device: torch.device) -> None:
@@ -90,11 +93,11 @@ class RapidIn(VectorMethod):
         return min(self._config.width, 1 << (self.setting.shape.parameters.bit_length() - 1))
 
     def need(self) -> Need:
-        """Gradients, runs and signs of all parameters, and a backward pass; before that, runs while they are made."""
+        """Gradients, runs and signs of all parameters, a backward pass, vectors of a batch and of all queries."""
         shape, tokens = self.setting.shape, self._config.max_tokens
         entries = shape.parameters
         largest = 2 * 4 * shape.vocab_size * shape.hidden_dim  # a parameter's gradient, normalised and with its signs
-        need = max((4 + 4 + 1) * entries + largest + backward_bytes(shape, tokens), 20 * entries)
+        need = (4 + 4 + 1) * entries + largest + backward_bytes(shape, tokens) + self.vector_bytes()
         return Need(need, f"the gradient of {entries:,} parameters, a place and a sign for each, {tokens:,} tokens")
 
     def load(self) -> None:
@@ -139,9 +142,9 @@ class RapidIn(VectorMethod):
 
 
 def _sides(entries: int) -> list[int]:
-    """Divisors between the third and two thirds of the digits of a number, 1 where it has none."""
+    """Divisors between the third and two thirds of the digits of a number."""
     low, high = entries ** (1 / 3), entries ** (2 / 3)
     found = {
         side for small in range(1, int(entries**0.5) + 1) if entries % small == 0 for side in (small, entries // small)
     }
-    return sorted(side for side in found if low <= side <= high) or [1]
+    return sorted(side for side in found if low <= side <= high)

@@ -3,11 +3,11 @@
 For each linear module of the trunk with weight gradient G = Σ_t g_t a_tᵀ (g_t: gradient at its output, a_t: its input
 at position t), the projection P_outᵀ G P_in is a matrix of `projection` squared numbers. It is the sum over positions
 of (P_outᵀ g_t)(P_inᵀ a_t)ᵀ, so a batch of texts takes one backward pass, and no whole gradient is made. P are Gaussian.
-The modules' matrices are one vector, scaled to unit length.
+The modules' matrices are one vector, scaled to unit length. (The paper's projections are wider.)
 
-With `precondition`, each module's part is multiplied by R^(−1/2), with R the second moment of the rows' parts plus a
-tenth of its mean diagonal (the paper's Hessian approximation, without the task's own part), and scaled to unit length
-again. There is no optimizer whose second moments could divide the gradients, so that correction is left out.
+With `precondition`, each module's part is multiplied by R^(−1/2), with R the second moment of the rows' parts, of unit
+length and as they are stored, plus a tenth of its mean diagonal (the paper's Hessian approximation, without the task's
+own part), and scaled to unit length again. There is no optimizer whose second moments could divide the gradients, so that correction is left out.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class TrackStar(VectorMethod):
         projections = sum(4 * size * (out + inside) for out, inside in shape.modules)
         projected = 4 * 2 * size * tokens * len(shape.modules)
         moments = 3 * 8 * len(shape.modules) * size**4 if self._config.precondition else 0
-        need = backward_bytes(shape, tokens) + projections + projected + moments
+        embeddings = 2 * 4 * shape.vocab_size * shape.hidden_dim  # whose gradient is made on the way
+        need = backward_bytes(shape, tokens) + projections + projected + moments + embeddings + self.vector_bytes()
         return Need(need, f"a backward pass over {tokens:,} tokens, projections of {len(shape.modules):,} modules")
 
     def load(self) -> None:

@@ -8,6 +8,7 @@ row is kept as its T differences, each divided by the length of the step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ class ZerothOrder(VectorMethod):
                 "[folder, ...]}, in their order; the configured model comes last"
             )
         self._config = config
-        earlier = [setting.model.model_copy(update={"name": name, "revision": None}) for name in config.checkpoints]
-        self._models = [*earlier, setting.model]
+        self._models = [*(checkpoint_config(setting.model, name) for name in config.checkpoints), setting.model]
 
     @property
     def width(self) -> int:
@@ -73,13 +73,19 @@ class ZerothOrder(VectorMethod):
     def build(self, rows: Rows, *, progress: Progress = silent) -> int:
         """Losses of all rows under each checkpoint, then their differences."""
         losses = self.setting.scratch.column("losses", (len(rows), len(self._models)), np.float64)
-        for number, trunk in enumerate(self._checkpoints()):
-            done = 0
-            for texts in rows:
-                part = self._losses(trunk, [Query(text) for text in texts])
-                losses.array[done : done + len(texts), number] = part
-                done += len(texts)
-                progress((number * len(rows) + done) // len(self._models), len(rows))
+        vocabulary: dict[str, int] | None = None
+        for number, config in enumerate(self._models):
+            with _loaded(config) as trunk:
+                own: dict[str, int] = trunk.tokenizer.get_vocab()
+                if vocabulary not in (None, own):
+                    raise ModelError(f"checkpoint {config.name} has another tokenizer than the one before it")
+                vocabulary, done = own, 0
+                for texts in rows:
+                    part = self._losses(trunk, [Query(text) for text in texts])
+                    losses.array[done : done + len(texts), number] = part
+                    done += len(texts)
+                    progress((number * len(rows) + done) // len(self._models), len(rows))
+            del trunk
         self._index = self.setting.scratch.column("index", (len(rows), self.width), self.dtype)
         for start in range(0, len(rows), 4_096):
             part = losses.read(start, start + 4_096)
@@ -92,7 +98,11 @@ class ZerothOrder(VectorMethod):
 
     def query_vectors(self, queries: Sequence[Query]) -> Float32Array:
         """The same of queries."""
-        losses = [self._losses(trunk, queries) for trunk in self._checkpoints()]
+        losses = []
+        for config in self._models:
+            with _loaded(config) as trunk:
+                losses.append(self._losses(trunk, queries))
+            del trunk
         return self._vectors(np.stack(losses, axis=1))
 
     def _vectors(self, losses: Float64Array) -> Float32Array:
@@ -101,17 +111,21 @@ class ZerothOrder(VectorMethod):
     def _losses(self, trunk: Trunk, queries: Sequence[Query]) -> Float64Array:
         return mean_losses(trunk, tokenized(trunk, queries, max_tokens=self._config.max_tokens))
 
-    def _checkpoints(self) -> Iterator[Trunk]:
-        """Each checkpoint in turn, loaded for as long as it is used."""
-        vocabulary: dict[str, int] | None = None
-        for config in self._models:
-            trunk = load_trunk(config)
-            own: dict[str, int] = trunk.tokenizer.get_vocab()
-            if vocabulary not in (None, own):
-                raise ModelError(f"checkpoint {config.name} has another tokenizer than the one before it")
-            vocabulary = own
-            yield trunk
-            unload_trunk(trunk)
+
+def checkpoint_config(model: ModelConfig, name: str) -> ModelConfig:
+    """An earlier checkpoint of a model, loaded as the model is."""
+    return model.model_copy(update={"name": name, "revision": None})
+
+
+@contextmanager
+def _loaded(config: ModelConfig) -> Iterator[Trunk]:
+    """A checkpoint for as long as it is used; whoever used it must forget it, too."""
+    trunk = load_trunk(config)
+    try:
+        yield trunk
+    finally:
+        unload_trunk(trunk)
+        del trunk
 
 
 def step_length(one: ModelConfig, two: ModelConfig) -> float:
