@@ -7,7 +7,8 @@ The modules' matrices are one vector, scaled to unit length. (The paper's projec
 
 With `precondition`, each module's part is multiplied by R^(−1/2), with R the second moment of the rows' parts, of unit
 length and as they are stored, plus a tenth of its mean diagonal (the paper's Hessian approximation, without the task's
-own part), and scaled to unit length again. There is no optimizer whose second moments could divide the gradients, so that correction is left out.
+own part), and scaled to unit length again. There is no optimizer whose second moments could divide the gradients, so
+that correction is left out.
 """
 
 from __future__ import annotations
