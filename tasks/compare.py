@@ -23,7 +23,7 @@ def count_rows(store_uri: str, config: CurationConfig, version: int) -> Json:
     return find_facts(store, config, corpus, progress=stage_progress())
 
 
-@stage("compare", tags=[GPU, S3])
+@stage("measure", tags=[GPU, S3])
 def measure_method(
     store_uri: str, config: CurationConfig, version: int, facts: Json, method: Json, name: str, seed: int, run_id: str
 ) -> Json:

@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from rise_ops.threads import ContextPool
-from tasks import attribute, closed_loop, index, ingest, maintain, publish, tune, value, watch
+from tasks import attribute, closed_loop, compare, index, ingest, maintain, publish, tune, value, watch
 from tasks.dispatch import Dispatcher, run_all
 from tasks.policy import GPU, S3, Json, stage
 
@@ -64,8 +64,30 @@ def test_two_runs_share_a_limited_tag() -> None:
 
 
 def test_tasks_that_load_a_shared_resource_carry_its_tag() -> None:
-    modules = (attribute, closed_loop, index, ingest, maintain, publish, tune, value, watch)
+    modules = (attribute, closed_loop, compare, index, ingest, maintain, publish, tune, value, watch)
     tasks = {each.name: each for module in modules for each in vars(module).values() if isinstance(each, Task)}
     tagged = {tag: {name for name, each in tasks.items() if tag in each.tags} for tag in (GPU, S3)}
-    assert tagged[GPU] == {"open-model", "sketch", "target", "attribute", "tune", "examples", "base", "train"}
-    assert tagged[S3] == {"ingest", "sketch", "compress", "value", "export", "examples", "attribute", "verify", "arms"}
+    assert tagged[GPU] == {
+        "open-model",
+        "sketch",
+        "target",
+        "attribute",
+        "tune",
+        "examples",
+        "base",
+        "train",
+        "measure",
+    }
+    assert tagged[S3] == {
+        "ingest",
+        "sketch",
+        "compress",
+        "value",
+        "export",
+        "examples",
+        "attribute",
+        "verify",
+        "arms",
+        "facts",
+        "measure",
+    }
