@@ -19,6 +19,7 @@ import polars as pl
 
 from rise_ops.blocks import block_key, read_block, read_stored
 from rise_ops.checksums import crc32c, stored_crc32c
+from rise_ops.closed_loop import ResultShape
 from rise_ops.corpus import CorpusVersion, read_snapshot, read_version, snapshot_key, version_key, version_numbers
 from rise_ops.damage import Damage, note_damage
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
@@ -97,6 +98,7 @@ def _checks(store: Store, *, deep: bool) -> Iterator[_Check]:
     yield from _runs(store)
     yield from _tunings(store)
     yield from _comparisons(store)
+    yield from _loops(store)
 
 
 def _corpora(store: Store, current_blocks: set[str], *, deep: bool) -> Iterator[_Check]:
@@ -354,6 +356,16 @@ def _comparisons(store: Store) -> Iterator[_Check]:
                 store.get_json(key, shape=FactsShape if key.endswith("/facts.json") else OutcomeShape)
 
             yield _Check(f"comparisons/{name}/{file}", AGAIN, look)
+
+
+def _loops(store: Store) -> Iterator[_Check]:
+    for name in store.children("loops"):
+        for file in store.children(f"loops/{name}/results"):
+
+            def look(key: str = f"loops/{name}/results/{file}") -> None:
+                store.get_json(key, shape=ResultShape)
+
+            yield _Check(f"loops/{name}/results/{file}", AGAIN, look)
 
 
 def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:
