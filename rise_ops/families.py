@@ -55,7 +55,8 @@ _PAPER = "the paper's for Pythia-1B and this package's default"
 _UNTRIED = "this package's default; the paper has no figures for this model, sketch: {dim: auto} tries narrower ones"
 _WIDE = Widths(128, 128, 64, 1.0, 0.3, _UNTRIED)
 _PYTHIA_1B = Widths(128, 128, 64, 1.0, 0.3, _PAPER)
-_OLMO_3_32B = Widths(48, 64, 16, 0.7, 1.0, "the paper's for OLMo-3-32B")
+MIDDLE = Widths(48, 64, 16, 0.7, 1.0, "the paper's for OLMo-3-32B")
+"""8 KiB a row."""
 _OLMO_2_32B = Widths(48, 64, 16, 0.7, 1.0, "the paper's for OLMo-3-32B, which is as wide; not tried")
 LEAN = Widths(16, 8, 28, 1.0, 0.3, "the storage that the paper holds against RapidIn's")
 """For any model, where the index must be small."""
@@ -163,7 +164,7 @@ _ALL = (
     Preset("olmo-2-13b", "allenai/OLMo-2-1124-13B", "olmo2", 100_352, 5_120, 13_824, 40, 40, 40, 4_096, _WIDE),
     Preset("olmo-2-32b", "allenai/OLMo-2-0325-32B", "olmo2", 100_352, 5_120, 27_648, 64, 40, 8, 4_096, _OLMO_2_32B),
     Preset("olmo-3-7b", "allenai/Olmo-3-1025-7B", "olmo3", 100_278, 4_096, 11_008, 32, 32, 32, 65_536, _WIDE),
-    Preset("olmo-3-32b", "allenai/Olmo-3-1125-32B", "olmo3", 100_278, 5_120, 27_648, 64, 40, 8, 65_536, _OLMO_3_32B),
+    Preset("olmo-3-32b", "allenai/Olmo-3-1125-32B", "olmo3", 100_278, 5_120, 27_648, 64, 40, 8, 65_536, MIDDLE),
 )
 PRESETS: Mapping[str, Preset] = MappingProxyType({each.name: each for each in _ALL})
 """By name."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rise_ops.config import CurationConfig, parse_config
 from rise_ops.errors import ConfigError
-from rise_ops.families import LEAN
+from rise_ops.families import LEAN, MIDDLE, Widths
 
 PaperTask = Literal["howdy", "finance_medical", "brain_rot"]
 
@@ -63,19 +63,12 @@ def paper_config(task: PaperTask, *, store: str, pool: Sequence[str], queries: s
     """
     if task not in TITLES:
         raise ConfigError(f"task {task}: not one of {', '.join(TITLES)}")
-    rise = {"method": "rise"}
     methods: list[Any] = [
-        {**rise, "name": "RISE T 0.1", "temperature": 0.1},
-        {**rise, "name": "RISE T 1", "temperature": 1.0},
-        {**rise, "name": "RISE T auto", "temperature": "auto"},
-        {
-            **rise,
-            "name": "RISE T 1, 704 bytes",
-            "temperature": 1.0,
-            "dim_r": LEAN.dim_r,
-            "dim_h": LEAN.dim_h,
-            "dim_g": LEAN.dim_g,
-        },
+        _rise("RISE T 0.1", 0.1),
+        _rise("RISE T 1", 1.0),
+        _rise("RISE T auto", "auto"),
+        _rise("RISE T 1, 8 KiB", 1.0, MIDDLE),
+        _rise("RISE T 1, 704 bytes", 1.0, LEAN),
         {"method": "rapidin", "name": "RapidIn", "seeds": 1},
         {"method": "trackstar", "name": "TrackStar-like", "seeds": 1},
         {"method": "last_layer", "name": "LM-head gradient"},
@@ -88,7 +81,7 @@ def paper_config(task: PaperTask, *, store: str, pool: Sequence[str], queries: s
         {"method": "random", "name": "random"},
     ]
     if checkpoints:
-        methods.insert(7, {"method": "z0_inf", "name": "Z0-Inf", "checkpoints": list(checkpoints)})
+        methods.insert(8, {"method": "z0_inf", "name": "Z0-Inf", "checkpoints": list(checkpoints)})
     document = {
         "store": store,
         "corpus": {"name": task, "sources": [*pool, *filler]},
@@ -99,3 +92,10 @@ def paper_config(task: PaperTask, *, store: str, pool: Sequence[str], queries: s
         "limits": dict(limits or {}),
     }
     return parse_config(document, base=Path(base or os.getcwd()), origin=f"the preset {task}")
+
+
+def _rise(name: str, temperature: float | str, widths: Widths | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"method": "rise", "name": name, "temperature": temperature}
+    if widths is not None:
+        found |= {"dim_r": widths.dim_r, "dim_h": widths.dim_h, "dim_g": widths.dim_g}
+    return found
