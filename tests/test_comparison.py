@@ -186,8 +186,7 @@ def test_a_flow_compares_and_goes_on_where_it_was(config: CurationConfig) -> Non
     assert (found["rows"], found["queries"], found["positives"]) == (ROWS, 4, {"backdoor": PLANTED})
     assert [each["status"] for each in found["methods"]] == ["completed"] * 4 + ["failed"]
     assert "checkpoints" in by_name["z0_inf"]["reason"]
-    rise, long = (by_name[name]["settings"]["1"]["top_k"]["5"] for name in ("rise", "length"))
-    assert rise["precision"] >= 0.8 > long["precision"]
+    assert by_name["rise"]["settings"]["1"]["top_k"]["5"]["precision"] >= 0.8
     assert by_name["rise"]["bytes_per_row"] == 2 * config.sketch.dim
     assert (
         by_name["rise"]["tokens_per_second"] > 0 and by_name["rise"]["peak_bytes"] > by_name["rise"]["loaded_bytes"] / 2

@@ -7,6 +7,7 @@ row is kept as its T differences, each divided by the length of the step.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -120,6 +121,7 @@ def checkpoint_config(model: ModelConfig, name: str) -> ModelConfig:
 @contextmanager
 def _loaded(config: ModelConfig) -> Iterator[Trunk]:
     """A checkpoint for as long as it is used; whoever used it must forget it, too."""
+    gc.collect()  # the one before may hold itself in a cycle
     trunk = load_trunk(config)
     try:
         yield trunk
