@@ -32,7 +32,7 @@ def compare(config: CurationConfig, run_id: str | None = None) -> Json:
 
 
 def _run(run: Recorder, runner: Runner, config: CurationConfig) -> None:
-    check(run, runner, config, model=True, targets=True)
+    check(run, runner, config, model=False, targets=True)  # no plan of memory: methods have their own
     corpus = ingest(run, runner, config)
     config = tune(run, runner, config, corpus)
     compare_methods(run, runner, config, corpus)

@@ -204,7 +204,7 @@ def show_comparison(summary: Json, title: str = "Methods compared") -> None:
     _OUT.print(costs)
     for line in comparison_lines(found, f"{found['dilute'][0]:g}"):
         if line.reason:
-            _OUT.print(f"{plain(line.name)}: {plain(line.reason)}")
+            _OUT.print(f"{plain(line.name)}: {plain(line.reason, width=600)}")
     _OUT.print(f"run {summary['run_id']}, report {plain(summary['report'] or '')}")
 
 
