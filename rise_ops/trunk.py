@@ -265,7 +265,7 @@ def _load(config: ModelConfig, *, fingerprint: str) -> Trunk:
             "check that its files are whole and belong together"
         ) from error
     trunk = Trunk(model, tokenizer, name=config.name, fingerprint=fingerprint)
-    _logger.info("loaded %r on %s", trunk, trunk.device)
+    _logger.info("loaded %s on %s", repr(trunk), str(trunk.device))  # no record that keeps the model
     return trunk
 
 
