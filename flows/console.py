@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -196,13 +197,14 @@ def show_comparison(summary: Json, title: str = "Methods compared") -> None:
             )
         _OUT.print(table)
     costs = _table("What they cost", "method", "bytes a row", "index s", "tokens/s", "queries s", "peak MiB")
-    for line in comparison_lines(found, f"{found['dilute'][0]:g}"):
+    lines = comparison_lines(found, f"{found['dilute'][0]:g}")
+    for line in lines:
         cells = [line.bytes_per_row, line.index_seconds, line.tokens_per_second, line.query_seconds, line.peak_mib]
         costs.add_row(
             plain(line.name), *("–" if cell is None else f"{cell:,.{1 if cell < 100 else 0}f}" for cell in cells)
         )
     _OUT.print(costs)
-    for line in comparison_lines(found, f"{found['dilute'][0]:g}"):
+    for line in lines:
         if line.reason:
             _OUT.print(f"{plain(line.name)}: {plain(line.reason, width=600)}")
     _OUT.print(f"run {summary['run_id']}, report {plain(summary['report'] or '')}")
@@ -244,8 +246,7 @@ def _interval(found: Json | None) -> str:
 
 def _span(values: Sequence[float]) -> str:
     """A mean, with the range where there are several values."""
-    mean = sum(values) / len(values)
-    return f"{mean:.3f}" + (f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else "")
+    return f"{fmean(values):.3f}" + (f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else "")
 
 
 def show_codes(found: Json) -> None:

@@ -209,7 +209,7 @@ def mean_relevance(store: Store, config: CurationConfig, candidates: Candidates,
         setting = Setting(config.model, config.sketch, model_shape(config.model), Scratch(folder, memory // 4), memory,
                           len(rows), size, len(queries), seed=0)  # fmt: skip
         method = Bm25(setting, Bm25Method(method="bm25"))
-        refuse_if_too_large(method, Bm25Method(method="bm25"))
+        refuse_if_too_large(method, "bm25")
         method.build(rows)
         means = np.concatenate([scores.mean(axis=1) for scores in method.scores(rows, queries)])
     starts = dict(zip(blocks, np.cumsum([0, *blocks.values()]).tolist(), strict=False))

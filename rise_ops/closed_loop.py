@@ -23,11 +23,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from statistics import fmean, stdev
 from typing import Any
-
-import torch
 
 from rise_ops.arms import arm_texts, read_arm, read_candidates, refuse_seen, write_arms
 from rise_ops.compare_config import Arm, ChoicesConfig, ClosedLoopConfig
@@ -37,6 +34,7 @@ from rise_ops.documents import Count
 from rise_ops.errors import ConfigError
 from rise_ops.hashing import fingerprint
 from rise_ops.held_out import choice_accuracy, held_out_loss
+from rise_ops.machine import measured_on
 from rise_ops.model_files import model_fingerprint
 from rise_ops.progress import Progress, silent
 from rise_ops.session import block_rows
@@ -127,18 +125,19 @@ def choose_rows(store: Store, config: CurationConfig, version: CorpusVersion, *,
     """
     loop, candidates = loop_of(config), read_candidates(store, run_id)
     loop_id = loop_identity(config, snapshot_id=version.snapshot_id, valuation=valuation)
-    _refuse_asked(config)
-    refuse_seen(candidates, {name: _names(config, texts) for name, texts in loop.held_out.items()})
+    held_out = {name: _names(config, texts) for name, texts in loop.held_out.items()}
+    _refuse_asked(config, held_out)
+    refuse_seen(candidates, held_out)
     arms = write_arms(store, config, loop, candidates, loop_id=loop_id, blocks=block_rows(store, version))
     return {"loop_id": loop_id, "arms": arms}
 
 
-def _refuse_asked(config: CurationConfig) -> None:
+def _refuse_asked(config: CurationConfig, held_out: Mapping[str, Sequence[str]]) -> None:
     """Raise where rows are valued by texts that are held out."""
     for target, queries in config.targets.items():
         asked = set(_names(config, queries))
-        for name, texts in loop_of(config).held_out.items():
-            shared = asked.intersection(_names(config, texts))
+        for name, texts in held_out.items():
+            shared = asked.intersection(texts)
             if shared:
                 raise ConfigError(
                     f"closed_loop.held_out.{name}: {len(shared):,} of its texts are queries of target {target}, by "
@@ -218,9 +217,7 @@ def _chosen(trunk: Trunk, config: CurationConfig, choices: ChoicesConfig) -> Jso
 
 
 def _dated(record: Json, trunk: Trunk) -> Json:
-    machine = {"device": str(trunk.device), "threads": torch.get_num_threads()}
-    measured = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"format_version": FORMAT_VERSION, **record, "machine": machine, "measured": measured}
+    return {"format_version": FORMAT_VERSION, **record, **measured_on(str(trunk.device))}
 
 
 def _result(store: Store, key: str, *, reused: bool) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, field_validator, model_validator
 
 from rise_ops.config_base import Section, TargetConfig, no_url
 
@@ -119,6 +119,14 @@ MethodConfig = Annotated[
     | RandomMethod,
     Field(discriminator="method"),
 ]
+
+_METHOD: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
+
+
+def parse_method(value: Any) -> MethodConfig:
+    """A method's configuration from what `model_dump` made of it."""
+    return _METHOD.validate_python(value)
+
 
 _ALL = ("rise", "rapidin", "trackstar", "last_layer", "z0_inf", "bm25", "hidden_state", "loss", "length", "random")
 

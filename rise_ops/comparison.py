@@ -19,14 +19,11 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from rise_ops.baselines.base import ROWS, Method, Query, Rows, Setting
 from rise_ops.baselines.registry import METHODS, open_method
@@ -36,8 +33,9 @@ from rise_ops.compare_config import CompareConfig, MethodConfig, RiseMethod, Zer
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion
 from rise_ops.errors import ConfigError, LimitError
-from rise_ops.evaluation import Label, average_precision, label_column, mean_figures, roc_area, wanted_labels
+from rise_ops.evaluation import Label, label_column, mean_figures, query_figures, wanted_labels
 from rise_ops.hashing import fingerprint
+from rise_ops.machine import measured_on, memory_now, memory_peak
 from rise_ops.model_files import model_fingerprint
 from rise_ops.model_shape import model_shape
 from rise_ops.progress import Progress, silent
@@ -138,7 +136,7 @@ def open_material(store: Store, config: CurationConfig, version: CorpusVersion) 
         known = ", ".join(config.targets) or "none"
         raise ConfigError(f"compare.targets: {unknown[0] if unknown else '(empty)'} is not a target; known: {known}")
     found = [row for name in names for row in read_queries(config.targets[name], limits=config.limits)]
-    columns = [row.meta if row.text_field is None else {**row.meta, row.text_field: row.text} for row in found]
+    columns = [row.columns for row in found]
     sizes = block_rows(store, version)
     identity = fingerprint(
         {
@@ -238,7 +236,7 @@ def run_method(store: Store, config: CurationConfig, material: Material, facts: 
     with spool() as folder:
         scratch = Scratch(folder, _SCRATCH_BYTES)
         opened = open_method(method, setting_of(config, material, facts, scratch=scratch, seed=seed))
-        refuse_if_too_large(opened, method)
+        refuse_if_too_large(opened, method.method)
         load_seconds, _ = _timed(opened.load)
         loaded = memory_now()
         index_seconds, stored = _timed(partial(opened.build, rows, progress=progress))
@@ -256,7 +254,7 @@ def run_method(store: Store, config: CurationConfig, material: Material, facts: 
         )
 
 
-def refuse_if_too_large(method: Method, config: MethodConfig) -> None:
+def refuse_if_too_large(method: Method, name: str) -> None:
     """Raise where a method needs more working memory than it may take.
 
     Raises
@@ -267,7 +265,7 @@ def refuse_if_too_large(method: Method, config: MethodConfig) -> None:
     need, memory = method.need(), method.setting.memory
     if need.bytes > memory:
         raise LimitError(
-            f"{config.method} needs {need.bytes / 2**20:,.0f} MiB of working memory ({need.text}); limits.memory "
+            f"{name} needs {need.bytes / 2**20:,.0f} MiB of working memory ({need.text}); limits.memory "
             f"allows {memory / 2**20:,.0f} MiB"
         )
 
@@ -359,8 +357,7 @@ class Ranking:
                 best = top[:k]
                 worst = bottom[~np.isin(bottom, best)][:k][::-1]
                 relevant = self._labels[np.concatenate([best, worst])] == want
-                precision = float(relevant[: len(best)].mean()) if len(best) else 0.0
-                found[k].append((average_precision(relevant), roc_area(relevant), precision))
+                found[k].append(query_figures(relevant, len(best)))
         positives = {value: _kept(count, factor) for value, count in self._facts.positives.items()}
         fewest = min(positives, key=lambda value: positives[value])
         lost = self._facts.positives[fewest] - positives[fewest]
@@ -406,27 +403,6 @@ def _places(store: Store, material: Material, labels: npt.NDArray[np.int32]) -> 
     return places
 
 
-def memory_now() -> int | None:
-    """Bytes that this process has resident, or on the GPU allocated where there is one; None: not known here."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else _status("VmRSS")
-
-
-def memory_peak() -> int | None:
-    """The same at its highest."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _status("VmHWM")
-
-
-def _status(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith(f"{name}:")), None)
-    return None if found is None else int(found.split()[1]) * 1_024
-
-
-def outcome_record(outcome: Outcome, *, device: str, threads: int) -> Json:
+def outcome_record(outcome: Outcome, *, device: str) -> Json:
     """As it is stored."""
-    machine = {"device": device, "threads": threads}
-    measured = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"format_version": FORMAT_VERSION, **asdict(outcome), "machine": machine, "measured": measured}
+    return {"format_version": FORMAT_VERSION, **asdict(outcome), **measured_on(device)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -52,14 +53,14 @@ def comparison_lines(comparison: Json, dilution: str) -> list[Line]:
     for outcome in comparison["methods"]:
         groups.setdefault(outcome["name"], []).append(outcome)
     lines = [_line(name, runs, dilution) for name, runs in groups.items()]
+    middle = str(middle_k(comparison))
+    return sorted(lines, key=lambda line: -fmean(line.figures.get((middle, "auprc"), [-1.0])))
+
+
+def middle_k(comparison: Json) -> int:
+    """The K that orders the lines."""
     ks = sorted(int(k) for k in comparison["k"])
-    middle = str(ks[len(ks) // 2])
-    return sorted(lines, key=lambda line: -mean(line.figures.get((middle, "auprc"), [-1.0])))
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
+    return ks[len(ks) // 2]
 
 
 def _line(name: str, runs: Sequence[Json], dilution: str) -> Line:
@@ -74,7 +75,7 @@ def _line(name: str, runs: Sequence[Json], dilution: str) -> Line:
 
     def average(key: str) -> float | None:
         values = [run[key] for run in done if run.get(key) is not None]
-        return mean(values) if values else None
+        return fmean(values) if values else None
 
     peak, loaded = average("peak_bytes"), average("loaded_bytes")
     broken = next((run for run in runs if run["status"] != "completed"), None)

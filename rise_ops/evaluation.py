@@ -201,7 +201,13 @@ def _figures(top: pl.DataFrame, bottom: pl.DataFrame, want: str, k: int) -> tupl
     worst = bottom.join(best, on=["block", "block_row"], how="anti", maintain_order="left").head(k).reverse()
     ranked = pl.concat([best["label"], worst["label"]])
     relevant = (ranked == want).fill_null(value=False).to_numpy()
-    return average_precision(relevant), roc_area(relevant), float(relevant[: best.height].mean())
+    return query_figures(relevant, best.height)
+
+
+def query_figures(relevant: npt.NDArray[np.bool_], best: int) -> tuple[float, float | None, float]:
+    """(auPRC, auROC, precision) of one query: of its highest and then its lowest rows, `best` of which are highest."""
+    precision = float(relevant[:best].mean()) if best else 0.0
+    return average_precision(relevant), roc_area(relevant), precision
 
 
 def mean_figures(values: Sequence[tuple[float, float | None, float]]) -> dict[str, float | None]:

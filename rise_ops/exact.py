@@ -27,12 +27,12 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import embedding_bag, pad
 
-from rise_ops.chunking import Chunk, plan_batches, prompt_chunk, prompt_tokens, row_chunks
+from rise_ops.chunking import Chunk, plan_batches
 from rise_ops.config import SketchConfig
 from rise_ops.errors import SourceError
 from rise_ops.progress import Progress, silent
 from rise_ops.support import residuals
-from rise_ops.trunk import Encoded, Trunk
+from rise_ops.trunk import Trunk
 
 Kind = Literal["kernel", "gradient"]
 Float64Array = npt.NDArray[np.float64]
@@ -126,7 +126,7 @@ def text_chunks(
         A text has fewer than two tokens.
     """
     encoded = trunk.encode(texts, offsets=True)
-    found = [_chunks(trunk, row, each, prompts[row] if prompts else None) for row, each in enumerate(encoded)]
+    found = [trunk.query_chunks(row, each, prompts[row] if prompts else None) for row, each in enumerate(encoded)]
     for text, own in zip(texts, found, strict=True):
         if not own:
             raise SourceError(f"{text[:80]!r} has fewer than 2 tokens, so nothing predicts it; remove it")
@@ -141,17 +141,9 @@ def text_chunks(
         yield HiddenChunks(chunks, ids, trunk.hidden_states(ids, [len(chunk) for chunk in chunks]).float())
 
 
-def _chunks(trunk: Trunk, row: int, found: Encoded, prompt: str | None) -> list[Chunk]:
-    if not prompt:
-        return row_chunks(row, len(found.ids))
-    own = trunk.count_tokens(prompt) if found.ends is None else prompt_tokens(found.ends, len(prompt))
-    return prompt_chunk(row, len(found.ids), own)
-
-
 @torch.inference_mode()
 def read_factors(trunk: Trunk, sketch: SketchConfig, batches: Sequence[HiddenChunks]) -> Factors:
     """Factors of the chunks of whole rows; rows in ascending order."""
-    head = trunk.head(sketch.model_copy(update={"channels": ("rh",), "dim_r": 1, "dim_h": 1, "dim_g": 1}))
     weight = trunk.model.get_output_embeddings().weight.float()
     order, parts = [], []
     for batch in batches:
@@ -162,7 +154,7 @@ def read_factors(trunk: Trunk, sketch: SketchConfig, batches: Sequence[HiddenChu
                 batch.hidden[slot, places].to(weight.device),
                 batch.ids[slot, places + 1].to(weight.device),
             )
-            parts.append((hidden, _residual(head.logits(hidden).div_(sketch.temperature), targets, sketch)))
+            parts.append((hidden, _residual(trunk.logits(hidden).div_(sketch.temperature), targets, sketch)))
     ranked = sorted(range(len(order)), key=lambda index: order[index])
     hidden = torch.cat([parts[index][0] for index in ranked])
     residual = _stack([parts[index][1] for index in ranked])

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rise_ops.config import SketchConfig
 from rise_ops.errors import ConfigError, LimitError
+from rise_ops.machine import device_name, free_memory, memory_peak
 
 if TYPE_CHECKING:
     import torch
@@ -265,7 +265,6 @@ def measure_preset(preset: Preset, *, tokens: int, memory: int, device: str = "a
     import torch
 
     from rise_ops.chunking import CHUNK_TOKENS
-    from rise_ops.comparison import memory_peak
     from rise_ops.signatures import Signer
     from rise_ops.trunk import pick_device
 
@@ -284,7 +283,7 @@ def measure_preset(preset: Preset, *, tokens: int, memory: int, device: str = "a
     forward_seconds = _seconds(lambda: _forward(signer.trunk, batches), place)
     return Measured(
         name=preset.name,
-        device=torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+        device=device_name(place),
         dtype=dtype,
         tokens=rows.numel(),
         sketch_tokens_per_second=rows.numel() / sketch_seconds,
@@ -321,16 +320,3 @@ def _refuse_if_too_large(preset: Preset, plan: MemoryPlan, device: torch.device)
             f"{(plan.peak_bytes - plan.weight_bytes) / 2**30:,.2f} GiB to work with; {device} has {free / 2**30:,.2f} "
             "GiB free; use a smaller model, dtype bfloat16, or a larger device"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device; None where the system does not tell."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1_024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

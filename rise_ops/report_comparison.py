@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from rise_ops import charts
-from rise_ops.comparison_lines import Line, comparison_lines, mean
+from rise_ops.comparison_lines import Line, comparison_lines, middle_k
 
 FIGURES = (("auprc", "auPRC"), ("precision", "Precision"), ("auroc", "auROC"))
 """Figures of the protocol, as the table orders them."""
@@ -83,7 +84,7 @@ def comparison_view(comparison: Json | None) -> Comparison | None:
     if not comparison:
         return None
     ks = sorted(int(k) for k in comparison["k"])
-    middle = ks[len(ks) // 2]
+    middle = middle_k(comparison)
     settings = [_setting(comparison, factor, ks, middle) for factor in sorted(comparison["dilute"])]
     first = settings[0]
     return Comparison(
@@ -114,14 +115,14 @@ def _setting(comparison: Json, factor: float, ks: Sequence[int], middle: int) ->
 
 def _shown(line: Line, column: tuple[str, str]) -> float:
     """Rounded as it is printed: lines that read the same are equally good."""
-    return round(mean(line.figures[column]), 3)
+    return round(fmean(line.figures[column]), 3)
 
 
 def _cell(line: Line, column: tuple[str, str], best: float) -> Cell:
     values = line.figures.get(column)
     if not values:
         return Cell(None, 0.0, 0.0, is_best=False)
-    return Cell(mean(values), min(values), max(values), is_best=_shown(line, column) == best)
+    return Cell(fmean(values), min(values), max(values), is_best=_shown(line, column) == best)
 
 
 def _verdict(lines: Sequence[Line], ks: Sequence[int], middle: int) -> list[str]:

@@ -73,6 +73,11 @@ class CanonicalRow(NamedTuple):
         columns: dict[str, Any] = json.loads(self.meta_json)
         return columns
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """All columns of the source that are known to the letter: `meta`, and the one that equals the text."""
+        return self.meta if self.text_field is None else {**self.meta, self.text_field: self.text}
+
 
 def ingest_fingerprint(fields: FieldMap, limits: LimitsConfig) -> str:
     """What, besides an object's bytes, decides which rows it becomes."""

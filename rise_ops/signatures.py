@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from rise_ops.chunking import QUERY_TOKENS, Chunk, plan_batches, prompt_chunk, prompt_tokens, row_chunks
+from rise_ops.chunking import QUERY_TOKENS, Chunk, plan_batches, row_chunks
 from rise_ops.config import SketchConfig
 from rise_ops.errors import LimitError, ModelError, SourceError
 from rise_ops.model_shape import ModelShape, shape_of_model
@@ -246,7 +246,7 @@ class Signer:
             if prompt and not text.startswith(prompt):
                 raise SourceError(f"query {index}: its prompt is not the beginning of its text; correct the query file")
         encoded = self.trunk.encode(texts, offsets=True)
-        chunks = [self._query_chunks(row, found, prompts[row]) for row, found in enumerate(encoded)]
+        chunks = [self.trunk.query_chunks(row, found, prompts[row]) for row, found in enumerate(encoded)]
         return self._sign(encoded, chunks, progress=progress)
 
     def token_scores(
@@ -272,7 +272,9 @@ class Signer:
         """
         encoded = self.trunk.encode(texts, offsets=True)
         prompts = prompts or [None] * len(texts)
-        chunks = [chunk for row, found in enumerate(encoded) for chunk in self._query_chunks(row, found, prompts[row])]
+        chunks = [
+            chunk for row, found in enumerate(encoded) for chunk in self.trunk.query_chunks(row, found, prompts[row])
+        ]
         scores = [np.zeros((len(vectors), len(found.ids)), np.float64) for found in encoded]
         wanted = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.trunk.device)
         totals = torch.zeros(len(texts), self.sketch.dim, device=self.trunk.device)
@@ -301,14 +303,6 @@ class Signer:
         hidden, ids, lengths, starts = self._read(batch, encoded)
         found, signatures = self._head.contributions(hidden, ids, lengths, vectors, loss_start=starts)
         return found.cpu().numpy(), signatures.half().float()
-
-    def _query_chunks(self, row: int, found: Encoded, prompt: str | None) -> list[Chunk]:
-        tokens = len(found.ids)
-        if not prompt:
-            return row_chunks(row, tokens)
-        if found.ends is None:  # a tokenizer written in Python knows no offsets
-            return prompt_chunk(row, tokens, self.trunk.count_tokens(prompt))
-        return prompt_chunk(row, tokens, prompt_tokens(found.ends, len(prompt)))
 
     def _sign(
         self, encoded: Sequence[Encoded], chunks: Sequence[Sequence[Chunk]], *, progress: Progress

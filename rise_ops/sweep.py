@@ -32,7 +32,7 @@ import torch
 from rise_ops.blocks import read_block, read_doc_ids
 from rise_ops.config import CurationConfig, SketchConfig
 from rise_ops.corpus import CorpusVersion
-from rise_ops.evaluation import average_precision, mean_figures, roc_area
+from rise_ops.evaluation import mean_figures, query_figures
 from rise_ops.progress import Progress, silent
 from rise_ops.rows import CanonicalRow
 from rise_ops.session import block_rows, open_signer
@@ -220,7 +220,7 @@ def _protocol(scores: Mapping[str, Float32Array], labels: tuple[Sequence[str | N
                 top, bottom = order[:k], order[max(k, len(order) - k) :]
                 relevant = (named == want) & known
                 ranked = relevant[np.concatenate([top, bottom])]
-                figures.append((average_precision(ranked), roc_area(ranked), float(relevant[top].mean())))
+                figures.append(query_figures(ranked, len(top)))
         found[str(k)] = mean_figures(figures)
     return found
 

@@ -152,12 +152,7 @@ def _frame(rows: Sequence[CanonicalRow]) -> pl.DataFrame:
             "doc_id": [row.doc_id for row in rows],
             "text": [row.text for row in rows],
             "prompt": [row.prompt for row in rows],
-            "meta": [canonical_json(_columns(row)) for row in rows],
+            "meta": [canonical_json(row.columns) for row in rows],
         },
         schema={"doc_id": pl.String, "text": pl.String, "prompt": pl.String, "meta": pl.String},
     )
-
-
-def _columns(row: CanonicalRow) -> dict[str, Any]:
-    """All original columns of a row."""
-    return row.meta if row.text_field is None else {**row.meta, row.text_field: row.text}

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rise_ops.chunking import Chunk, prompt_chunk, prompt_tokens, row_chunks
 from rise_ops.config import ModelConfig, SketchConfig
 from rise_ops.errors import LimitError, ModelError
 from rise_ops.head import DEFAULT_LOGIT_BYTES, ReadoutHead
@@ -34,6 +35,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 """Largest relative error of a position's logits on the probe: two runs of a deep 16-bit model differ by 1–2 %."""
 _PROBE_LENGTHS = (2, 13, 32)
 _ENCODE_CHARACTERS = 2**20
+_SMALLEST = SketchConfig(channels=("rh",), dim_r=1, dim_h=1, dim_g=1)
+"""Where logits are wanted and no sketch: it keeps the projections small."""
 
 _logger = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -170,6 +173,21 @@ class Trunk:
         """Number of tokens of one text."""
         return len(self.encode([text])[0].ids)
 
+    def prompt_length(self, found: Encoded, prompt: str) -> int:
+        """Leading tokens of an encoded text that belong to the prompt which it begins with."""
+        if found.ends is None:  # a tokenizer written in Python knows no offsets
+            return self.count_tokens(prompt)
+        return prompt_tokens(found.ends, len(prompt))
+
+    def query_chunks(self, row: int, found: Encoded, prompt: str | None) -> list[Chunk]:
+        """Chunks of a query: one with a prompt, as those of a row without."""
+        tokens = len(found.ids)
+        return prompt_chunk(row, tokens, self.prompt_length(found, prompt)) if prompt else row_chunks(row, tokens)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [N, V], of hidden states [N, D]: what the head makes of them, unscaled by any temperature."""
+        return self.head(_SMALLEST).logits(hidden)
+
     def _encode_part(self, texts: Sequence[str], *, offsets: bool) -> Iterator[Encoded]:
         with self._tokenizer_lock:  # fast tokenizers refuse to be configured by two threads at once
             batch = self.tokenizer(
@@ -203,9 +221,7 @@ class Trunk:
         ids, mask = ids.to(self.device), mask.to(self.device)
         expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float()
         hidden = self.hidden_states(ids, _PROBE_LENGTHS)[mask.bool()]
-        # The probe needs logits only; the smallest sketch keeps the projections small.
-        sketch = SketchConfig(channels=("rh",), dim_r=1, dim_h=1, dim_g=1)
-        found = self.head(sketch).logits(hidden)
+        found = self.logits(hidden)
         self._heads.clear()
         if found.shape != expected.shape:
             raise ModelError(

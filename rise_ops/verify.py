@@ -11,7 +11,7 @@ Nothing is changed. What is broken is noted (`rise_ops.damage`), and the next ru
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -339,33 +339,33 @@ def _runs(store: Store) -> Iterator[_Check]:
             yield _Check(name, GONE, lambda name=name: None if store.exists(name) else "is missing")  # type: ignore[misc]
 
 
+def _documents(store: Store, keys: Iterable[str], shape: type[Any], remedy: str) -> Iterator[_Check]:
+    """JSON documents that stand for themselves: whether they can be read and have their shape."""
+    for key in keys:
+
+        def look(key: str = key) -> None:
+            store.get_json(key, shape=shape)
+
+        yield _Check(key, remedy, look)
+
+
 def _tunings(store: Store) -> Iterator[_Check]:
-    for name in store.children("tunings"):
-
-        def look(key: str = f"tunings/{name}") -> None:
-            store.get_json(key, shape=TuningShape)
-
-        yield _Check(f"tunings/{name}", GONE, look)
+    yield from _documents(store, _below(store, "tunings"), TuningShape, GONE)
 
 
 def _comparisons(store: Store) -> Iterator[_Check]:
-    for name in store.children("comparisons"):
-        for file in store.children(f"comparisons/{name}"):
-
-            def look(key: str = f"comparisons/{name}/{file}") -> None:
-                store.get_json(key, shape=FactsShape if key.endswith("/facts.json") else OutcomeShape)
-
-            yield _Check(f"comparisons/{name}/{file}", AGAIN, look)
+    for folder in _below(store, "comparisons"):
+        for key in _below(store, folder):
+            yield from _documents(store, [key], FactsShape if key.endswith("/facts.json") else OutcomeShape, AGAIN)
 
 
 def _loops(store: Store) -> Iterator[_Check]:
-    for name in store.children("loops"):
-        for file in store.children(f"loops/{name}/results"):
+    for folder in _below(store, "loops"):
+        yield from _documents(store, _below(store, f"{folder}/results"), ResultShape, AGAIN)
 
-            def look(key: str = f"loops/{name}/results/{file}") -> None:
-                store.get_json(key, shape=ResultShape)
 
-            yield _Check(f"loops/{name}/results/{file}", AGAIN, look)
+def _below(store: Store, folder: str) -> list[str]:
+    return [f"{folder}/{name}" for name in store.children(folder)]
 
 
 def _exports(store: Store, *, deep: bool) -> Iterator[_Check]:

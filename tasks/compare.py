@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import TypeAdapter
-
-from rise_ops.compare_config import MethodConfig
+from rise_ops.compare_config import parse_method
 from rise_ops.comparing import find_facts, measure
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
 from rise_ops.store import Store
 from tasks.policy import GPU, S3, Json, stage
 from tasks.progress import stage_progress
-
-_METHOD: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
 
 
 @stage("facts", tags=[S3])
@@ -30,7 +26,7 @@ def measure_method(
     """One run of one method, in a process of its own. Not cached: the store has what was measured."""
     store = Store(store_uri)
     corpus = read_version(store, config.corpus.name, version)
-    chosen = _METHOD.validate_python(method)
+    chosen = parse_method(method)
     return measure(
         store, config, corpus, facts=facts, method=chosen, seed=seed, run_id=run_id, progress=stage_progress()
     )

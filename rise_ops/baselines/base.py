@@ -133,9 +133,9 @@ class VectorMethod(Method):
     def width(self) -> int:
         """Numbers of a row."""
 
-    @abstractmethod
     def row_vectors(self, texts: Sequence[str]) -> npt.NDArray[Any]:
-        """Vectors of some rows, [rows, width], as they are stored."""
+        """Vectors of some rows, [rows, width], as they are stored: those of queries, if nothing else is said."""
+        return self.query_vectors([Query(text) for text in texts]).astype(self.dtype)
 
     @abstractmethod
     def query_vectors(self, queries: Sequence[Query]) -> Float32Array:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from rise_ops.baselines.base import Float32Array, Need, Query, Setting, VectorMethod
-from rise_ops.baselines.language import BATCH_TOKENS, Tokens, batches, tokenized
+from rise_ops.baselines.language import BATCH_TOKENS, batches, tokenized
 from rise_ops.compare_config import HiddenStateMethod
 
 
@@ -32,17 +30,10 @@ class HiddenState(VectorMethod):
         """One batch through the trunk."""
         return forward_need(self.setting, self._config.max_tokens, logits=False)
 
-    def row_vectors(self, texts: Sequence[str]) -> npt.NDArray[Any]:
-        """Unit vectors, float16; zeros for a row of fewer than two tokens."""
-        return self._pooled([Query(text) for text in texts]).astype(np.float16)
-
-    def query_vectors(self, queries: Sequence[Query]) -> Float32Array:
-        """Unit vectors; of a query with a prompt only what predicts the tokens after it counts."""
-        return self._pooled(queries)
-
     @torch.inference_mode()
-    def _pooled(self, queries: Sequence[Query]) -> Float32Array:
-        texts: list[Tokens] = tokenized(self.trunk, queries, max_tokens=self._config.max_tokens)
+    def query_vectors(self, queries: Sequence[Query]) -> Float32Array:
+        """Unit vectors, zeros for a text that predicts nothing; after a prompt only what predicts the rest counts."""
+        texts = tokenized(self.trunk, queries, max_tokens=self._config.max_tokens)
         found = np.zeros((len(texts), self.width), np.float32)
         for batch in batches(self.trunk, texts):
             hidden = self.trunk.hidden_states(batch.ids, batch.lengths)[:, :-1].float()

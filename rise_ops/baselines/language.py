@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from rise_ops.baselines.base import Query
-from rise_ops.chunking import plan_batches, prompt_tokens
+from rise_ops.chunking import plan_batches
 from rise_ops.model_shape import ModelShape
 from rise_ops.trunk import Trunk
 
@@ -46,9 +46,7 @@ def tokenized(trunk: Trunk, queries: Sequence[Query], *, max_tokens: int) -> lis
     for each, encoded in zip(queries, found, strict=True):
         ids, start = encoded.ids[:limit].astype(np.int64), 1
         if each.prompt:
-            known = encoded.ends is not None
-            own = prompt_tokens(encoded.ends or (), len(each.prompt)) if known else trunk.count_tokens(each.prompt)
-            start = max(1, min(own, len(ids) - 1))
+            start = max(1, min(trunk.prompt_length(encoded, each.prompt), len(ids) - 1))
         result.append(Tokens(ids, start))
     return result
 

@@ -16,7 +16,6 @@ from rise_ops.baselines.base import Float32Array, Method, Need, Query, Rows, Set
 from rise_ops.baselines.hidden_state import forward_need
 from rise_ops.baselines.language import Batch, batches, tokenized
 from rise_ops.compare_config import LastLayerMethod
-from rise_ops.config import SketchConfig
 from rise_ops.progress import Progress, silent
 from rise_ops.scratch import Column
 
@@ -40,11 +39,6 @@ class LastLayer(Method):
         """Gradients of two rows and of one query, and a forward pass with logits."""
         forward = forward_need(self.setting, self._config.max_tokens, logits=True)
         return Need(3 * self._gradient + forward.bytes, f"three gradients of the LM head, {forward.text}")
-
-    def load(self) -> None:
-        """The model and its head."""
-        super().load()
-        self._head = self.trunk.head(SketchConfig(channels=("rh",), dim_r=1, dim_h=1, dim_g=1))
 
     def build(self, rows: Rows, *, progress: Progress = silent) -> int:
         """Nothing."""
@@ -91,7 +85,7 @@ class LastLayer(Method):
         """The gradient of one text, flat and of unit length."""
         counted = batch.counts[slot]
         states, targets = hidden[slot, counted], batch.ids[slot, 1:][counted]
-        residual = torch.softmax(self._head.logits(states), dim=-1)
+        residual = torch.softmax(self.trunk.logits(states), dim=-1)
         residual[torch.arange(len(targets), device=targets.device), targets] -= 1
         torch.mm(residual.T, states, out=out.view(residual.shape[1], states.shape[1]))
         out /= torch.linalg.vector_norm(out).clamp_min(_FLOOR)

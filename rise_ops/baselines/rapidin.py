@@ -15,7 +15,6 @@ are stored as float16, which the paper leaves out: the layer-wise normalisation 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -107,15 +106,8 @@ class RapidIn(VectorMethod):
         self._folding = Folding(entries, self.width, shuffles=self._config.shuffles, seed=self.setting.seed)
         self._folding.to(self.trunk.device)
 
-    def row_vectors(self, texts: Sequence[str]) -> npt.NDArray[Any]:
-        """Unit vectors, float16; zeros for a row of fewer than two tokens."""
-        return self._folded([Query(text) for text in texts]).astype(np.float16)
-
     def query_vectors(self, queries: Sequence[Query]) -> Float32Array:
-        """Unit vectors, float32."""
-        return self._folded(queries)
-
-    def _folded(self, queries: Sequence[Query]) -> Float32Array:
+        """Unit vectors; zeros for a text that predicts nothing."""
         texts = tokenized(self.trunk, queries, max_tokens=self._config.max_tokens)
         found = np.zeros((len(texts), self.width), np.float32)
         with differentiable(self.trunk):

@@ -8,10 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from rise_ops.choosing import choose
-from rise_ops.compare_config import MethodConfig, RiseMethod
+from rise_ops.compare_config import RiseMethod, parse_method
 from rise_ops.comparison import Facts, count_facts, open_material, outcome_record, run_method
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, read_version
@@ -19,13 +18,12 @@ from rise_ops.errors import LimitError
 from rise_ops.heap import steady_heap
 from rise_ops.isolation import answer
 from rise_ops.logs import FORMAT_VARIABLE, formatter
+from rise_ops.machine import device_name
 from rise_ops.progress import Progress
 from rise_ops.store import Store
 from rise_ops.trunk import pick_device
 
 Json = dict[str, Any]
-
-_METHOD: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
 
 
 def work(call: Json, progress: Progress) -> Json:
@@ -42,7 +40,7 @@ def work(call: Json, progress: Progress) -> Json:
     if call.get("method") is None:
         return asdict(count_facts(store, config, material, progress=progress))
     steady_heap()
-    method = _METHOD.validate_python(call["method"])
+    method = parse_method(call["method"])
     if isinstance(method, RiseMethod) and method.temperature == "auto":
         method = _with_temperature(store, config, version, method, run_id=call["run_id"])
     try:
@@ -50,7 +48,7 @@ def work(call: Json, progress: Progress) -> Json:
         outcome = run_method(store, config, material, facts, method, seed=call["seed"], progress=progress)
     except torch.OutOfMemoryError as error:
         raise LimitError(f"{method.method} ran out of memory on {config.model.device}") from error
-    return outcome_record(outcome, device=_device(config), threads=torch.get_num_threads())
+    return outcome_record(outcome, device=device_name(pick_device(config.model.device)))
 
 
 def _with_temperature(
@@ -66,11 +64,6 @@ def _with_temperature(
     )
     chosen = choose(store, wanted, version, run_id=run_id)["chosen"]
     return method.model_copy(update={"temperature": float(chosen["temperature"])})
-
-
-def _device(config: CurationConfig) -> str:
-    device = pick_device(config.model.device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ row is kept as its T differences, each divided by the length of the step.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from rise_ops.config import ModelConfig
 from rise_ops.errors import ConfigError, ModelError
 from rise_ops.model_files import resolve_model, weight_files
 from rise_ops.progress import Progress, silent
-from rise_ops.trunk import Trunk, load_trunk, unload_trunk
+from rise_ops.trunk import load_trunk, unload_trunk
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -50,6 +49,7 @@ class ZerothOrder(VectorMethod):
                 "[folder, ...]}, in their order; the configured model comes last"
             )
         self._config = config
+        self._vocabulary: dict[str, int] | None = None
         self._models = [*(checkpoint_config(setting.model, name) for name in config.checkpoints), setting.model]
 
     @property
@@ -74,60 +74,51 @@ class ZerothOrder(VectorMethod):
     def build(self, rows: Rows, *, progress: Progress = silent) -> int:
         """Losses of all rows under each checkpoint, then their differences."""
         losses = self.setting.scratch.column("losses", (len(rows), len(self._models)), np.float64)
-        vocabulary: dict[str, int] | None = None
-        for number, config in enumerate(self._models):
-            with _loaded(config) as trunk:
-                own: dict[str, int] = trunk.tokenizer.get_vocab()
-                if vocabulary not in (None, own):
-                    raise ModelError(f"checkpoint {config.name} has another tokenizer than the one before it")
-                vocabulary, done = own, 0
-                for texts in rows:
-                    part = self._losses(trunk, [Query(text) for text in texts])
-                    losses.array[done : done + len(texts), number] = part
-                    done += len(texts)
-                    progress((number * len(rows) + done) // len(self._models), len(rows))
-            del trunk
+        for number in range(len(self._models)):
+            done = 0
+            for part in self._losses(number, ([Query(text) for text in texts] for texts in rows)):
+                losses.array[done : done + len(part), number] = part
+                done += len(part)
+                progress((number * len(rows) + done) // len(self._models), len(rows))
         self._index = self.setting.scratch.column("index", (len(rows), self.width), self.dtype)
         for start in range(0, len(rows), 4_096):
             part = losses.read(start, start + 4_096)
             self._index.write(start, self._vectors(part))
         return len(rows) * self.width * np.dtype(self.dtype).itemsize
 
-    def row_vectors(self, texts: Sequence[str]) -> npt.NDArray[Any]:
-        """Differences of losses, divided by the lengths of the steps; NaN for a row of fewer than two tokens."""
-        return self.query_vectors([Query(text) for text in texts])
-
     def query_vectors(self, queries: Sequence[Query]) -> Float32Array:
-        """The same of queries."""
-        losses = []
-        for config in self._models:
-            with _loaded(config) as trunk:
-                losses.append(self._losses(trunk, queries))
-            del trunk
+        """Differences of losses, divided by the lengths of the steps; NaN for a text that predicts nothing."""
+        losses = [part for number in range(len(self._models)) for part in self._losses(number, [queries])]
         return self._vectors(np.stack(losses, axis=1))
 
     def _vectors(self, losses: Float64Array) -> Float32Array:
         return np.asarray(np.diff(losses, axis=1) / self._steps, np.float32)
 
-    def _losses(self, trunk: Trunk, queries: Sequence[Query]) -> Float64Array:
-        return mean_losses(trunk, tokenized(trunk, queries, max_tokens=self._config.max_tokens))
+    def _losses(self, number: int, parts: Iterable[Sequence[Query]]) -> Iterator[Float64Array]:
+        """Losses of texts under one checkpoint, which is loaded for as long as that takes.
+
+        Raises
+        ------
+        ModelError
+            It has another tokenizer than those before it.
+        """
+        gc.collect()  # the one before may hold itself in a cycle
+        config = self._models[number]
+        trunk = load_trunk(config)
+        try:
+            own: dict[str, int] = trunk.tokenizer.get_vocab()
+            if self._vocabulary not in (None, own):
+                raise ModelError(f"checkpoint {config.name} has another tokenizer than the one before it")
+            self._vocabulary = own
+            for queries in parts:
+                yield mean_losses(trunk, tokenized(trunk, queries, max_tokens=self._config.max_tokens))
+        finally:
+            unload_trunk(trunk)
 
 
 def checkpoint_config(model: ModelConfig, name: str) -> ModelConfig:
     """An earlier checkpoint of a model, loaded as the model is."""
     return model.model_copy(update={"name": name, "revision": None})
-
-
-@contextmanager
-def _loaded(config: ModelConfig) -> Iterator[Trunk]:
-    """A checkpoint for as long as it is used; whoever used it must forget it, too."""
-    gc.collect()  # the one before may hold itself in a cycle
-    trunk = load_trunk(config)
-    try:
-        yield trunk
-    finally:
-        unload_trunk(trunk)
-        del trunk
 
 
 def step_length(one: ModelConfig, two: ModelConfig) -> float:

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import numpy as np
 import polars as pl
 from pydantic import ByteSize, TypeAdapter
 
+from rise_ops import machine
 from rise_ops.config import CurationConfig, SketchConfig, parse_config
 from rise_ops.demo.corpus import MODEL_FOLDER
 from rise_ops.memory import MIB, stage_memory
@@ -150,9 +150,8 @@ def measure(stage: str, setting: Setting) -> Measured:
 
 
 def resident(name: str) -> int:
-    """A figure of /proc/self/status in bytes: VmRSS, or VmHWM, its peak."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    """A figure of this process in bytes: VmRSS, or VmHWM, its peak."""
+    return machine.resident(name) or 0
 
 
 def _run_stage(stage: str, setting: Setting) -> Measured:
