@@ -439,11 +439,15 @@ def watch(config: Config, set_: Overrides = None, json_: AsJson = False) -> None
     """One look: have the sources changed? Tells a Prefect server, if one is configured, by an event."""
     from flows.console import show_changes
     from rise_ops.config import load_config
-    from tasks.watch import announce, look
+    from rise_ops.watching import look
 
     loaded = load_config(config, overrides=set_ or [])
     found = look(loaded)
-    told = announce(loaded, found) if found["is_changed"] and _has_server() else {"announced": False, "waiting": None}
+    told: dict[str, Any] = {"announced": False, "waiting": None}
+    if found["is_changed"] and _has_server():
+        from tasks.watch import announce
+
+        told = announce(loaded, found)
     found |= told
     _emit(found, json_, lambda: show_changes(found))
 

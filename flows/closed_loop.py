@@ -17,7 +17,7 @@ from rise_ops.arms import arm_key
 from rise_ops.closed_loop import loop_of
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key
 from tasks.closed_loop import choose_arms, compare_arms, measure_untrained, train_on_arm
 from tasks.dispatch import run_all
 from tasks.progress import Tracker

@@ -32,8 +32,8 @@ from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from rise_ops.exclusion import TIE
 from rise_ops.model_shape import model_shape
+from rise_ops.runs import decisions_key
 from rise_ops.scratch import Scratch
-from rise_ops.selection import decisions_key
 from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.targets import read_queries

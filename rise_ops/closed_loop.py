@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
@@ -30,7 +30,6 @@ from rise_ops.arms import arm_texts, read_arm, read_candidates, refuse_seen, wri
 from rise_ops.compare_config import Arm, ChoicesConfig, ClosedLoopConfig
 from rise_ops.config import CurationConfig, TargetConfig
 from rise_ops.corpus import CorpusVersion
-from rise_ops.documents import Count
 from rise_ops.errors import ConfigError
 from rise_ops.hashing import fingerprint
 from rise_ops.held_out import choice_accuracy, held_out_loss
@@ -38,6 +37,7 @@ from rise_ops.machine import measured_on
 from rise_ops.model_files import model_fingerprint
 from rise_ops.progress import Progress, silent
 from rise_ops.session import block_rows
+from rise_ops.shapes import LoopResultShape
 from rise_ops.store import Store
 from rise_ops.targets import read_queries
 from rise_ops.training import Checkpoints, encoded_rows, fresh_trunk, train
@@ -54,25 +54,6 @@ _OF_NO_LOOP = {"arms", "seeds", "checkpoint_steps", "held_out", "choices"}
 """What the loop's id does not cover, or covers by content."""
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _HeldOut:
-    loss: float
-    losses: list[float]
-    counts: list[Count]
-
-
-@dataclass(frozen=True, slots=True)
-class ResultShape:
-    """loops/<loop_id>/results/<arm>-<seed>.json."""
-
-    arm: str
-    seed: Count
-    rows: Count
-    tokens: Count
-    held_out: dict[str, _HeldOut]
-    choices: dict[str, float] | None = None
 
 
 def loop_of(config: CurationConfig) -> ClosedLoopConfig:
@@ -227,14 +208,14 @@ def _result(store: Store, key: str, *, reused: bool) -> Json:
 
 
 def read_result(store: Store, key: str) -> Json:
-    """A result, as `ResultShape` describes it.
+    """A result, as `LoopResultShape` describes it.
 
     Raises
     ------
     MissingObjectError, IntegrityError
         It is not there, or damaged.
     """
-    return store.get_json(key, format_version=FORMAT_VERSION, shape=ResultShape)
+    return store.get_json(key, format_version=FORMAT_VERSION, shape=LoopResultShape)
 
 
 def t_quantile(part: float, freedom: int) -> float:

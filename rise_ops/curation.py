@@ -34,8 +34,7 @@ from rise_ops.parts import Part, cut_parts, missing_parts, valuation_id
 from rise_ops.progress import Progress
 from rise_ops.results import Attributions, Evaluated
 from rise_ops.rows import CanonicalRow, RowFault, canonical_row
-from rise_ops.runs import list_runs, read_run
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key, list_runs, read_run
 from rise_ops.session import ad_hoc_queries, block_rows
 from rise_ops.stability import Stability
 from rise_ops.store import Store

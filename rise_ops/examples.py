@@ -27,7 +27,7 @@ from rise_ops.corpus import CorpusVersion
 from rise_ops.errors import LimitError, ModelError
 from rise_ops.judged_rows import TEXT_CHARACTERS, judged_rows
 from rise_ops.parts import Part
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key
 from rise_ops.signatures import Signer
 from rise_ops.store import Store
 from rise_ops.tables import iter_table

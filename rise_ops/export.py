@@ -40,7 +40,7 @@ from rise_ops.heap import steady_heap
 from rise_ops.memory import ExportMemory, export_memory
 from rise_ops.progress import Progress, silent
 from rise_ops.report_data import DecisionFigures, decision_figures
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key
 from rise_ops.shapes import ClaimShape, ManifestShape
 from rise_ops.spool import spool
 from rise_ops.store import Store

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,10 @@ import polars as pl
 from rise_ops.blocks import read_block
 from rise_ops.corpus import CorpusVersion, placements
 from rise_ops.errors import ConfigError
-from rise_ops.search import Wanted
 from rise_ops.store import Store
+
+if TYPE_CHECKING:
+    from rise_ops.search import Wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,11 @@ from rise_ops.config import ModelConfig, SketchConfig
 from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError, StoreError
 from rise_ops.hashing import fingerprint
 from rise_ops.shapes import BlockShape, IndexShape
-from rise_ops.signatures import ESTIMATOR_VERSION, RowSignatures, Signer
 from rise_ops.store import Store, zarr_errors
 from rise_ops.threads import ContextPool
+
+if TYPE_CHECKING:
+    from rise_ops.signatures import RowSignatures, Signer
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
@@ -72,6 +74,8 @@ class BlockRecord:
 
 def index_id(model_fingerprint: str, sketch: SketchConfig) -> str:
     """Identity of an index: model, sketch and estimator version."""
+    from rise_ops.signatures import ESTIMATOR_VERSION
+
     return fingerprint([model_fingerprint, sketch.fingerprint, ESTIMATOR_VERSION])
 
 
@@ -88,6 +92,8 @@ def prepare_index(store: Store, signer: Signer, *, model: ModelConfig) -> str:
     IntegrityError
         An index with this id was made with other sketch tables.
     """
+    from rise_ops.signatures import ESTIMATOR_VERSION
+
     trunk = signer.trunk
     identity = index_id(trunk.fingerprint, signer.sketch)
     key = index_key(identity)

@@ -15,7 +15,7 @@ import polars as pl
 from rise_ops.corpus import read_block
 from rise_ops.report_data import WAITING, find_cut
 from rise_ops.report_rows import largest_groups
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key
 from rise_ops.store import Store
 
 ROWS = 10

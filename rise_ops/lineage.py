@@ -17,8 +17,7 @@ from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_source_row, read_version
 from rise_ops.errors import ConfigError, IntegrityError, SourceError
 from rise_ops.export import list_exports
-from rise_ops.runs import lineage_key, list_runs, read_run
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key, lineage_key, list_runs, read_run
 from rise_ops.store import Store
 
 Json = dict[str, Any]

@@ -2,6 +2,7 @@
 
     runs/<run_id>/run.json             the whole record, written once, when the run ends (also when it fails)
     runs/<run_id>/openlineage.jsonl    the same as OpenLineage events (`rise_ops.openlineage`), written just after
+    runs/<run_id>/decisions.parquet    what became of each row (`rise_ops.selection`)
 
 A stage's record names inputs and outputs (URI, SHA-256 where there is one, rows), how long it took and whether
 its result was already there. The code is named by version, a hash of
@@ -100,6 +101,11 @@ def _git(root: Path, *arguments: str) -> str | None:
 def lineage_key(run_id: str) -> str:
     """Where a run's OpenLineage events are in the store."""
     return f"runs/{run_id}/openlineage.jsonl"
+
+
+def decisions_key(run_id: str) -> str:
+    """Where a run's decisions are in the store."""
+    return f"runs/{run_id}/decisions.parquet"
 
 
 def write_run(store: Store, record: Mapping[str, Any]) -> str:

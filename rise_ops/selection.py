@@ -41,7 +41,7 @@ import polars as pl
 import pyarrow as pa
 
 from rise_ops.config import SelectionConfig
-from rise_ops.corpus import CorpusVersion, placements
+from rise_ops.corpus import CorpusVersion, Placements
 from rise_ops.counters import count
 from rise_ops.errors import ConfigError, IntegrityError, SelectionError
 from rise_ops.exclusion import TIE, TargetExclusions
@@ -53,6 +53,7 @@ from rise_ops.progress import Progress, silent
 from rise_ops.quotas import fill_order
 from rise_ops.ranking import Fates, Records, Sorter, append, by_value, has_value, read_records, values_of
 from rise_ops.row_groups import RowFacts
+from rise_ops.runs import decisions_key
 from rise_ops.scratch import Column, Scratch
 from rise_ops.selection_rules import KEPT, Rules, Tally
 from rise_ops.spool import spool
@@ -97,11 +98,6 @@ class Scored:
     """The index; near_duplicates and diversity look into it."""
     sources: Sequence[str] = ()
     """`corpus.sources`: what a source is by pattern."""
-
-
-def decisions_key(run_id: str) -> str:
-    """Key of a run's decisions."""
-    return f"runs/{run_id}/decisions.parquet"
 
 
 def decide(store: Store, version: CorpusVersion, *, run_id: str, parts: Sequence[Part],
@@ -226,11 +222,12 @@ class _Decider:
         """Scores joined with places, labels and values, a slice at a time, in corpus order."""
         scored, rules = self._scored, self._rules
         items = 0
+        placements = Placements(self._store, scored.version)
         frames = iter_part_scores(self._store, scored.parts, scored.targets, scored.aggregate,
                                   rows=self._plan.slice_rows)  # fmt: skip
         for frame in frames:
             blocks = frame["block_id"].unique(maintain_order=True).to_list()
-            places = placements(self._store, scored.version, blocks)
+            places = placements.of(blocks)
             errors = [name for name in frame.columns if name.startswith("error_")]
             numbered = frame.with_columns(item=pl.int_range(items, items + pl.len(), dtype=pl.UInt64))
             items += frame.height

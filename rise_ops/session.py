@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rise_ops.config import CurationConfig, FieldMap, ModelConfig, SketchConfig, TargetConfig, resolve_path
 from rise_ops.corpus import CorpusVersion, current_version, read_snapshot, read_version, version_numbers
 from rise_ops.errors import ConfigError, ModelError, SourceError
 from rise_ops.index import index_id, list_indexed, read_index, tables_key
 from rise_ops.memory import StageMemory, sketch_memory, stage_memory, task_limits
+from rise_ops.model_files import model_fingerprint
 from rise_ops.rows import CanonicalRow, RowFault, canonical_row
-from rise_ops.signatures import Signer, load_tables
 from rise_ops.store import Store
 from rise_ops.targets import Target, read_queries, read_target, sign_queries, sign_target, target_id
-from rise_ops.trunk import load_trunk, model_fingerprint
 from rise_ops.uncertainty import NOISE_QUERIES
+
+if TYPE_CHECKING:
+    from rise_ops.signatures import Signer
 
 _logger = logging.getLogger(__name__)
 _SIGNER_LOCK = threading.Lock()
@@ -56,6 +59,9 @@ def open_signer(store: Store, config: CurationConfig) -> Signer:
 
 @lru_cache(2)
 def _signer(uri: str, model: ModelConfig, sketch: SketchConfig, memory: int, plan: str) -> Signer:
+    from rise_ops.signatures import Signer, load_tables
+    from rise_ops.trunk import load_trunk
+
     _logger.info("%s", plan)  # once, not for every block
     store = Store(uri)
     trunk = load_trunk(model)

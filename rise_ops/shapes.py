@@ -271,3 +271,22 @@ class RunShape:
     export: str | None = None
     counts: dict[str, Count | None] = field(default_factory=dict)
     stages: list[_Stage] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
+    loss: float
+    losses: list[float]
+    counts: list[Count]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopResultShape:
+    """loops/<loop_id>/results/<arm>-<seed>.json."""
+
+    arm: str
+    seed: Count
+    rows: Count
+    tokens: Count
+    held_out: dict[str, _HeldOut]
+    choices: dict[str, float] | None = None

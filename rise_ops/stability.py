@@ -26,7 +26,7 @@ import numpy.typing as npt
 import polars as pl
 
 from rise_ops.config import SketchConfig
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key
 from rise_ops.store import Store
 
 Float64Array = npt.NDArray[np.float64]

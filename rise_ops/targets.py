@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,10 @@ from rise_ops.hashing import canonical_json, fingerprint
 from rise_ops.index import checksums, write_signatures
 from rise_ops.rows import CanonicalRow
 from rise_ops.shapes import TargetShape
-from rise_ops.signatures import RowSignatures, Signer
 from rise_ops.store import Store, named_errors
+
+if TYPE_CHECKING:
+    from rise_ops.signatures import RowSignatures, Signer
 
 FORMAT_VERSION = 1
 

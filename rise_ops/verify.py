@@ -19,7 +19,6 @@ import polars as pl
 
 from rise_ops.blocks import block_key, read_block, read_stored
 from rise_ops.checksums import crc32c, stored_crc32c
-from rise_ops.closed_loop import ResultShape
 from rise_ops.corpus import CorpusVersion, read_snapshot, read_version, snapshot_key, version_key, version_numbers
 from rise_ops.damage import Damage, note_damage
 from rise_ops.errors import CurationError, IntegrityError, MissingObjectError
@@ -29,11 +28,16 @@ from rise_ops.index import IndexListing, describe_index, index_key, list_indexes
 from rise_ops.objects import RECORD_FORMAT, places_key, record_key, rows_key
 from rise_ops.objects import read_record as read_object_record
 from rise_ops.packs import read_pack
-from rise_ops.runs import read_run
-from rise_ops.selection import decisions_key
-from rise_ops.shapes import CodesShape, FactsShape, OutcomeShape, PartShape, TargetShape, TuningShape
-from rise_ops.signatures import load_tables
-from rise_ops.simhash import SimHash
+from rise_ops.runs import decisions_key, read_run
+from rise_ops.shapes import (
+    CodesShape,
+    FactsShape,
+    LoopResultShape,
+    OutcomeShape,
+    PartShape,
+    TargetShape,
+    TuningShape,
+)
 from rise_ops.store import Store
 from rise_ops.targets import read_target
 
@@ -242,6 +246,8 @@ def _codes(store: Store, identity: str, *, deep: bool) -> Iterator[_Check]:
         rotation = f"{folder}/simhash.npz"
 
         def turn(key: str = rotation) -> None:
+            from rise_ops.simhash import SimHash  # brings PyTorch, which a store without codes is checked without
+
             SimHash.from_bytes(bytes(store.get(key)), where=store.url(key))
 
         yield _Check(rotation, COMPRESS, turn)
@@ -264,6 +270,8 @@ def _index(store: Store, identity: str, *, deep: bool) -> Iterator[_Check]:
         expected.append(describe_index(store, identity)["tables_sha256"])
 
     def look_at_tables() -> str | None:
+        from rise_ops.sketch import load_tables
+
         found = load_tables(store, f"indexes/{identity}/tables.zarr").sha256
         return None if [found] == expected else "belongs to other sketch tables than the index was made with"
 
@@ -361,7 +369,7 @@ def _comparisons(store: Store) -> Iterator[_Check]:
 
 def _loops(store: Store) -> Iterator[_Check]:
     for folder in _below(store, "loops"):
-        yield from _documents(store, _below(store, f"{folder}/results"), ResultShape, AGAIN)
+        yield from _documents(store, _below(store, f"{folder}/results"), LoopResultShape, AGAIN)
 
 
 def _below(store: Store, folder: str) -> list[str]:

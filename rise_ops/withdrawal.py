@@ -31,8 +31,7 @@ from rise_ops.export import manifest_key, read_manifest
 from rise_ops.folders import MAGIC
 from rise_ops.objects import read_rows_doc_ids
 from rise_ops.quarantine import quarantine_key
-from rise_ops.runs import read_run
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key, read_run
 from rise_ops.shapes import AttributionShape
 from rise_ops.store import Store
 from rise_ops.tables import iter_table

@@ -27,8 +27,7 @@ from rise_ops.openlineage import RunEvents, openlineage_run_id
 from rise_ops.quarantine import quarantine_key
 from rise_ops.redaction import error_text
 from rise_ops.report import write_report
-from rise_ops.runs import code_identity, new_run_id, now, reference, stage_record, write_run
-from rise_ops.selection import decisions_key
+from rise_ops.runs import code_identity, decisions_key, new_run_id, now, reference, stage_record, write_run
 from rise_ops.store import Store
 from tasks.metering import gathering
 from tasks.run_logs import arrange_logs

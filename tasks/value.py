@@ -8,7 +8,8 @@ from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
 from rise_ops.memory import task_limits
 from rise_ops.parts import cut_parts, missing_parts, valuation_id
-from rise_ops.selection import decide, decisions_key
+from rise_ops.runs import decisions_key
+from rise_ops.selection import decide
 from rise_ops.session import open_target
 from rise_ops.stability import measure_stability
 from rise_ops.store import Store

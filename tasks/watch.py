@@ -29,14 +29,12 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
 
 from rise_ops.config import CurationConfig
-from rise_ops.corpus import look_at_sources
 from rise_ops.errors import ConfigError, TransientError
 from rise_ops.redaction import redacted
-from rise_ops.store import Store
+from rise_ops.watching import KINDS, look
 from tasks.policy import Json, stage
 
 EVENT = "curation.corpus.changed"
-KINDS = ("added", "changed", "removed")
 SHOWN = 100
 """Objects of a kind that an event or a record names; the server takes events of up to 1.5 MB."""
 
@@ -70,21 +68,6 @@ def look_at_corpus(store_uri: str, config: CurationConfig) -> Json:
 def announce_change(store_uri: str, config: CurationConfig, found: Json) -> Json:
     """Emit the event, unless a run waits that will see the change anyway."""
     return announce(config.model_copy(update={"store": store_uri}), found)
-
-
-def look(config: CurationConfig) -> Json:
-    """Compare a listing of the sources with the current version. Reads no source object, writes nothing."""
-    store = Store(config.store)
-    version, diff = look_at_sources(store, config.corpus, config.limits)
-    found = {name: [item.uri for item in getattr(diff, name)] for name in KINDS}
-    return {
-        "corpus": config.corpus.name,
-        "store": store.uri,
-        "version": version.version if version else None,
-        "is_changed": any(found.values()),
-        "unchanged": len(diff.unchanged),
-        **found,
-    }
 
 
 def bounded(found: Json) -> Json:

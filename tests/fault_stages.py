@@ -24,7 +24,8 @@ from rise_ops.indexing import sketch_blocks
 from rise_ops.ingest import ingest_object
 from rise_ops.objects import places_key
 from rise_ops.parts import Part, part_of
-from rise_ops.selection import decide, decisions_key
+from rise_ops.runs import decisions_key
+from rise_ops.selection import decide
 from rise_ops.signatures import RowSignatures
 from rise_ops.store import Store
 from rise_ops.targets import read_target

@@ -29,7 +29,7 @@ from rise_ops.arms import (
 from rise_ops.blocks import read_block
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError, LimitError
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key
 from rise_ops.session import block_rows
 from rise_ops.store import Store
 from tests.corpora import ingest_all

@@ -21,8 +21,7 @@ from rise_ops.curation import Curation
 from rise_ops.errors import ConfigError, SourceError
 from rise_ops.notebook import Markup, html_table, shown_progress
 from rise_ops.results import Attributions
-from rise_ops.runs import list_runs, read_run
-from rise_ops.selection import decisions_key
+from rise_ops.runs import decisions_key, list_runs, read_run
 from rise_ops.store import Store
 from rise_ops.token_influence import TokenInfluence
 from tests.curation import PLANTED, ROWS, load, write_curation

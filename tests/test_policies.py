@@ -24,7 +24,7 @@ from rise_ops.sources import hash_object
 from rise_ops.status import store_status
 from rise_ops.store import Store
 from rise_ops.verify import verify_store
-from tasks.watch import look
+from rise_ops.watching import look
 from tests.conftest import s3_filesystem, use_server
 from tests.curation import load, write_curation
 from tests.servers import S3Server

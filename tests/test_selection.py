@@ -15,7 +15,8 @@ from rise_ops import selection
 from rise_ops.config import KeepConfig, SelectionConfig
 from rise_ops.errors import IntegrityError, LimitError, SelectionError
 from rise_ops.memory import SelectMemory, StageMemory
-from rise_ops.selection import Selection, decide, decisions_key
+from rise_ops.runs import decisions_key
+from rise_ops.selection import Selection, decide
 from rise_ops.store import Store
 from rise_ops.valuation import Aggregate
 from tests.corpora import corpus_of, make_rows, write_as

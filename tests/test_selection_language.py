@@ -24,8 +24,9 @@ from rise_ops.index import write_block
 from rise_ops.memory import SelectMemory, StageMemory
 from rise_ops.parts import Part
 from rise_ops.row_groups import source_name
+from rise_ops.runs import decisions_key
 from rise_ops.scratch import Scratch
-from rise_ops.selection import Scored, Selection, decide, decisions_key, preview
+from rise_ops.selection import Scored, Selection, decide, preview
 from rise_ops.session import block_rows
 from rise_ops.store import Store
 from rise_ops.valuation import iter_part_scores

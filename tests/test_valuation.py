@@ -11,7 +11,8 @@ import pytest
 
 from rise_ops import valuation
 from rise_ops.config import KeepConfig, SelectionConfig
-from rise_ops.selection import decide, decisions_key
+from rise_ops.runs import decisions_key
+from rise_ops.selection import decide
 from rise_ops.store import Store
 from rise_ops.uncertainty import noise_queries, noise_squares, standard_errors
 from rise_ops.valuation import Aggregate, iter_part_scores, read_extremes

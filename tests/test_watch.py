@@ -24,6 +24,7 @@ from flows.index_corpus import index_corpus
 from flows.watch_corpus import watch_corpus
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError, TransientError
+from rise_ops.watching import look
 from tasks import watch
 from tests.curation import load, write_curation
 
@@ -194,7 +195,7 @@ def test_a_server_that_fails_while_it_lists_runs_is_named(
 def test_a_server_that_does_not_answer_is_no_silence(
     config: CurationConfig, sent: list[Json], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = watch.look(config)
+    found = look(config)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         with pytest.raises(TransientError, match="does not answer"):
             watch.announce(config, found)
