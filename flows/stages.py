@@ -180,6 +180,7 @@ def value(run: Recorder, runner: Runner, config: CurationConfig, corpus: Json, i
         stage.read(corpus["outputs"][0], sha256=corpus["snapshot_id"], rows=corpus["rows"])
         stage.wrote(selection["outputs"][0], rows=selection["rows"])
         measuring = {"config": config, "run_id": run.run_id, "rows": selection["rows"]}
+        stage.cached = selection["reused"]
         (measured,) = run_all(runner, stability, [measuring], store_uri=config.store)
     run.record["selection"] = {
         "keep": config.selection.keep.model_dump(exclude_none=True),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CorpusVersion",
+    "Placements",
     "SourceDiff",
     "SourceEntry",
     "current_version",
@@ -304,51 +305,74 @@ def read_snapshot(store: Store, snapshot_id: str) -> pl.DataFrame:
         raise DamagedError(f"{store.url(key)} is missing; run again", store.url(key)) from error
 
 
-def placements(store: Store, version: CorpusVersion, block_ids: Sequence[str]) -> pl.DataFrame:
-    """Where the rows of some blocks came from.
+class Placements:
+    """Where the rows of a version's blocks came from, some blocks at a time.
 
-    Returns
-    -------
-    polars.DataFrame
-        block_id, block_row (u32), source_uri, source_row (i64); several rows for a block row whose object was
-        copied. Reads only the records that hold these blocks.
-
-    Raises
-    ------
-    IntegrityError
-        A block is not in the version, or a record is missing.
+    Parameters
+    ----------
+    store
+        Holds the records.
+    version
+        Gone through once: what is asked afterwards takes time by the blocks asked for, not by the sources there are.
     """
-    import polars as pl
 
-    wanted = set(block_ids)
-    held: set[str] = set()
-    whole: dict[str, list[str]] = {}
-    packed: dict[str, list[tuple[str, str]]] = {}
-    for entry in version.sources:
-        if wanted.isdisjoint(entry.blocks):
-            continue
-        held.update(entry.blocks)
-        if entry.pack is None:
-            whole.setdefault(entry.record, []).append(entry.uri)
-        else:
-            packed.setdefault(entry.pack, []).append((entry.object_sha, entry.uri))
-    if not wanted <= held:
-        raise IntegrityError(f"block {min(wanted - held)} is not in corpus {version.corpus} version {version.version}")
-    columns = ("block_id", "block_row", "source_uri", "source_row")
-    here = pl.col("block_id").is_in(list(wanted))
-    scans = {
-        places_key(record): store.scan_parquet([places_key(record)])
-        .filter(here)
-        .join(pl.LazyFrame({"source_uri": uris}), how="cross")
-        .select(columns)
-        for record, uris in whole.items()
-    }
-    for pack, pairs in packed.items():
-        places = pl.LazyFrame(pairs, schema={"object_sha": pl.String, "source_uri": pl.String}, orient="row")
-        key = places_key(pack)
-        scans[key] = store.scan_parquet([key]).filter(here).join(places, on="object_sha").select(columns)
-    empty = {"block_id": pl.String, "block_row": pl.UInt32, "source_uri": pl.String, "source_row": pl.Int64}
-    return pl.concat([pl.DataFrame(schema=empty), *_collected_places(store, scans)]).sort(columns)
+    def __init__(self, store: Store, version: CorpusVersion) -> None:
+        self._store, self._version = store, version
+        self._holders: dict[str, list[SourceEntry]] = {}
+        for entry in version.sources:
+            for block in dict.fromkeys(entry.blocks):
+                self._holders.setdefault(block, []).append(entry)
+
+    def of(self, block_ids: Iterable[str]) -> pl.DataFrame:
+        """Places of the rows of some blocks.
+
+        Returns
+        -------
+        polars.DataFrame
+            block_id, block_row (u32), source_uri, source_row (i64); several rows for a block row whose object was
+            copied. Reads only the records that hold these blocks.
+
+        Raises
+        ------
+        IntegrityError
+            A block is not in the version, or a record is missing.
+        """
+        import polars as pl
+
+        wanted = dict.fromkeys(block_ids)
+        columns = ("block_id", "block_row", "source_uri", "source_row")
+        scans: dict[str, pl.LazyFrame] = {}
+        for key, entries in self._records(wanted).items():
+            # a record's own blocks only: Polars holds each against every row group of the record
+            own = [block for block in dict.fromkeys(entries[0].blocks) if block in wanted]
+            here = self._store.scan_parquet([key]).filter(pl.col("block_id").is_in(own))
+            if entries[0].pack is None:
+                places = pl.LazyFrame({"source_uri": [entry.uri for entry in entries]})
+                joined = here.join(places, how="cross")
+            else:
+                pairs = [(entry.object_sha, entry.uri) for entry in entries]
+                places = pl.LazyFrame(pairs, schema={"object_sha": pl.String, "source_uri": pl.String}, orient="row")
+                joined = here.join(places, on="object_sha")
+            scans[key] = joined.select(columns)
+        empty = {"block_id": pl.String, "block_row": pl.UInt32, "source_uri": pl.String, "source_row": pl.Int64}
+        return pl.concat([pl.DataFrame(schema=empty), *_collected_places(self._store, scans)]).sort(columns)
+
+    def _records(self, blocks: Iterable[str]) -> dict[str, list[SourceEntry]]:
+        """The records and packs of some blocks, by their key, with the objects whose rows they place."""
+        found: dict[str, dict[str, SourceEntry]] = {}
+        for block in blocks:
+            if block not in self._holders:
+                raise IntegrityError(
+                    f"block {block} is not in corpus {self._version.corpus} version {self._version.version}"
+                )
+            for entry in self._holders[block]:
+                found.setdefault(places_key(entry.pack or entry.record), {})[entry.uri] = entry
+        return {key: list(entries.values()) for key, entries in found.items()}
+
+
+def placements(store: Store, version: CorpusVersion, block_ids: Iterable[str]) -> pl.DataFrame:
+    """`Placements.of` for one question."""
+    return Placements(store, version).of(block_ids)
 
 
 def _collected_places(store: Store, scans: Mapping[str, pl.LazyFrame]) -> Iterator[pl.DataFrame]:

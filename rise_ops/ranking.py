@@ -189,14 +189,14 @@ class Fates:
 
     def take(self, count: int) -> Records:
         """Fates of the next rows, by place."""
-        held: list[Records] = [self._ready]
-        while sum(map(len, held)) < count:
+        while len(self._ready) < count:
             found = np.fromfile(self._file(self._range), FATE)
-            held.append(found[np.argsort(found["row"])])
+            found = found[np.argsort(found["row"])]
+            # what is left of a range is a view of it: only where two ranges meet are rows copied
+            self._ready = np.concatenate([self._ready, found]) if len(self._ready) else found
             self._range += 1
-        ready = np.concatenate(held)
-        self._ready = ready[count:]
-        return ready[:count]
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        return taken
 
     def _file(self, number: int) -> Path:
         return self._folder / f"fates-{number}"

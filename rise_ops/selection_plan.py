@@ -11,9 +11,10 @@ from typing import Any
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion
+from rise_ops.decided import preview_once
 from rise_ops.errors import DamagedError
 from rise_ops.parts import cut_parts, missing_parts, valuation_id
-from rise_ops.selection import Scored, preview
+from rise_ops.selection import Scored
 from rise_ops.session import block_rows
 from rise_ops.store import Store
 from rise_ops.targets import read_queries, target_id
@@ -61,7 +62,7 @@ def preview_selection(store: Store, config: CurationConfig, version: CorpusVersi
         version, parts, list(config.targets), config.weights, config.aggregate, identity, config.corpus.sources
     )
     try:
-        found = preview(store, scored, config.selection, memory=int(config.limits.memory))
+        found = preview_once(store, scored, config.selection, memory=int(config.limits.memory))
     except DamagedError as error:
         return {"selection_unknown": f"{error}"}
     return {"selection": asdict(found)}

@@ -161,6 +161,15 @@ class PartShape:
 
 
 @dataclass(frozen=True, slots=True)
+class DecidedShape:
+    """runs/<run_id>/decisions.json."""
+
+    decision_id: str
+    crc32c: Checksum
+    selection: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class _ExportFile:
     path: str
     rows: Count

@@ -40,6 +40,7 @@ from rise_ops.spool import spool
 from rise_ops.store import Store
 from rise_ops.tables import TableWriter, iter_table
 from rise_ops.targets import Target
+from rise_ops.threads import ContextPool
 from rise_ops.uncertainty import NOISE_QUERIES, noise_queries, noise_squares, standard_errors
 
 Aggregate = str
@@ -49,6 +50,7 @@ RRF_CONSTANT = 60
 
 _ROW_MASK = (1 << BLOCK_SHIFT) - 1
 _GROUP_ROWS = 2**17
+_CONNECTIONS = 16
 _NOISE = "noise of "
 _EXTREME_COLUMNS = ("target", "query", "side", "rank", "block", "block_row", "score")
 
@@ -258,12 +260,24 @@ def iter_part_scores(store: Store, parts: Sequence[Part], targets: Sequence[str]
     scores = [f"score_{name}" for name in targets]
     columns = ["block", "block_id", "block_row", "doc_id", "tokens", "chunks"]
     fusion = _Fusion(store, parts, targets) if aggregate == "rrf" else None
+    wanted = columns if fusion else [*columns, *scores, *(f"error_{name}" for name in targets)]
+    for frame in _gathered(_iter_placed(store, parts, wanted, rows), rows):
+        yield frame if fusion is None else fusion.join(frame, scores)
+
+
+def _iter_placed(store: Store, parts: Iterable[Part], columns: Sequence[str], rows: int) -> Iterator[pl.DataFrame]:
+    """The row groups of all parts, a block each, with the blocks' positions in the corpus."""
     for part in parts:
         check_part(store, part)
-        wanted = columns if fusion else [*columns, *scores, *(f"error_{name}" for name in targets)]
-        for frame in _gathered(iter_table(store, part.scores, columns=wanted, rows=rows, known=SCORES_FORMAT), rows):
-            placed = frame.with_columns(pl.col("block") + pl.lit(part.first_block, pl.UInt32))
-            yield placed if fusion is None else fusion.join(placed, scores)
+        first = pl.lit(part.first_block, pl.UInt32)
+        for frame in iter_table(store, part.scores, columns=columns, rows=rows, known=SCORES_FORMAT):
+            yield frame.with_columns(pl.col("block") + first)
+
+
+def check_parts(store: Store, parts: Sequence[Part]) -> None:
+    """`check_part` of each."""
+    with ContextPool(_CONNECTIONS) as pool:
+        list(pool.map(lambda part: check_part(store, part), parts))
 
 
 def check_part(store: Store, part: Part) -> None:

@@ -6,10 +6,11 @@ from dataclasses import asdict
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
+from rise_ops.decided import decide_once
 from rise_ops.memory import task_limits
 from rise_ops.parts import cut_parts, missing_parts, valuation_id
 from rise_ops.runs import decisions_key
-from rise_ops.selection import decide
+from rise_ops.selection import Scored
 from rise_ops.session import open_target
 from rise_ops.stability import measure_stability
 from rise_ops.store import Store
@@ -81,23 +82,23 @@ def select_rows(
     blocks: list[str],
     run_id: str,
 ) -> Json:
-    """Rank the rows and decide which are kept."""
+    """Rank the rows and decide which are kept; what an earlier run decided in the same way is taken over."""
     store = Store(store_uri)
-    selection = decide(
-        store,
+    corpus, parts, names = (
         read_version(store, config.corpus.name, version),
+        cut_parts(valuation, blocks),
+        config.targets,
+    )
+    scored = Scored(corpus, parts, list(names), config.weights, config.aggregate, index_id, config.corpus.sources)
+    found = decide_once(
+        store,
+        scored,
         run_id=run_id,
-        parts=cut_parts(valuation, blocks),
-        weights=config.weights,
-        targets=list(config.targets),
-        aggregate=config.aggregate,
         selection=config.selection,
         memory=int(config.limits.memory),
-        identity=index_id,
-        sources=config.corpus.sources,
         progress=stage_progress(),
     )
-    return {**asdict(selection), "outputs": [decisions_key(run_id)]}
+    return {**asdict(found.selection), "reused": found.reused, "outputs": [decisions_key(run_id)]}
 
 
 @stage("stability")

@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -33,13 +33,16 @@ from rise_ops import machine
 from rise_ops.config import CurationConfig, SketchConfig, parse_config
 from rise_ops.demo.corpus import MODEL_FOLDER
 from rise_ops.memory import MIB, stage_memory
-from rise_ops.parts import cut_parts
+from rise_ops.parts import Part, cut_parts
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool
 
 STAGES = ("ingest", "sketch", "value", "select", "export")
 INDEX = "0" * 64
 QUERIES = 100
 _SKETCH = {"dim_r": 128, "dim_h": 64, "dim_g": 64}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,10 @@ class Setting:
     """Widths of the sketch that is computed."""
     queries: int = QUERIES
     aggregate: str = "mean"
+    workers: int = 1
+    """Threads that ingest, sketch and score at the same time."""
+    index: str = INDEX
+    """Id of the index that is filled, scored and selected from."""
 
     @property
     def config(self) -> CurationConfig:
@@ -67,7 +74,7 @@ class Setting:
                 "corpus": {"name": "pool", "sources": [str(folder / "pool.*")]},
                 "model": {"name": str(MODEL_FOLDER), "device": "cpu"},
                 "sketch": self.sketch,
-                "targets": {"good": {"queries": "unused"}},
+                "targets": {"good": {"queries": str(folder / "queries.jsonl")}},
                 "aggregate": self.aggregate,
                 "selection": {"keep": {"fraction": 0.5}},
                 "limits": {"memory": self.memory},
@@ -85,6 +92,8 @@ class Measured:
     """Resident bytes before it began: libraries and model."""
     peak: int
     """Bytes that it took beyond these, at most."""
+    cpu: float = 0.0
+    """CPU seconds of all its threads."""
 
 
 def main() -> None:
@@ -98,7 +107,7 @@ def main() -> None:
     parser.add_argument("--aggregate", default="mean")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[name for name in STAGES if name != "sketch"])
-    parser.add_argument("--stage", choices=("fill", "rank", *STAGES))
+    parser.add_argument("--stage", choices=("diff", "fill", "plan", "rank", *STAGES))
     parser.add_argument("--setting")
     options = parser.parse_args()
     if options.stage:
@@ -162,6 +171,8 @@ def _run_stage(stage: str, setting: Setting) -> Measured:
 
     prepare: dict[str, Callable[[Store, Setting], Callable[[], Any]]] = {
         "ingest": _ingest,
+        "diff": _diff,
+        "plan": _plan,
         "sketch": _sketch,
         "fill": _fill,
         "value": _value,
@@ -171,15 +182,52 @@ def _run_stage(stage: str, setting: Setting) -> Measured:
     }
     work = prepare[stage](Store(setting.config.store), setting)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    base, started = resident("VmRSS"), time.perf_counter()
+    base, started, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
     work()
-    return Measured(time.perf_counter() - started, base, resident("VmHWM") - base)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return Measured(seconds, base, resident("VmHWM") - base, cpu)
+
+
+def _at_once(setting: Setting, work: Callable[[Sequence[T]], Any], items: Sequence[T]) -> None:
+    """Work on equal shares of items in as many threads as there are workers."""
+    share = max(1, -(-len(items) // setting.workers))
+    with ContextPool(setting.workers) as pool:
+        list(pool.map(work, [items[start : start + share] for start in range(0, len(items), share)]))
 
 
 def _ingest(store: Store, setting: Setting) -> Callable[[], Any]:
-    from rise_ops.ingest import ingest_corpus
+    from rise_ops.corpus import look_at_sources
+    from rise_ops.ingest import IngestedObject, ingest_object
+    from rise_ops.publish import publish
 
-    return lambda: ingest_corpus(store, setting.config, run_id="benchmark")
+    config = setting.config
+    options: dict[str, Any] = {"corpus": config.corpus, "limits": config.limits}
+
+    def ingest() -> None:
+        _, diff = look_at_sources(store, **options)
+        objects: list[IngestedObject] = []
+        _at_once(setting, lambda some: objects.extend(ingest_object(store, each, **options) for each in some),
+                 diff.to_read(deep=False))  # fmt: skip
+        publish(store, **options, objects=objects, unchanged=diff.unchanged, run_id="benchmark")
+
+    return ingest
+
+
+def _diff(store: Store, setting: Setting) -> Callable[[], Any]:
+    """The current version against the one before."""
+    from rise_ops.corpus import parent_version
+    from rise_ops.diff import diff_versions
+    from rise_ops.session import open_corpus
+
+    new = open_corpus(store, setting.config)
+    old = parent_version(store, new)
+    return lambda: diff_versions(store, old, new, memory=setting.memory)
+
+
+def _plan(_: Store, setting: Setting) -> Callable[[], Any]:
+    from rise_ops.plan import plan_run
+
+    return lambda: plan_run(setting.config)
 
 
 def _blocks(store: Store, setting: Setting) -> dict[str, int]:
@@ -188,7 +236,7 @@ def _blocks(store: Store, setting: Setting) -> dict[str, int]:
     return block_rows(store, open_corpus(store, setting.config))
 
 
-def _layout(dim: int) -> SketchConfig:
+def layout(dim: int) -> SketchConfig:
     """Some sketch whose signatures have this length, a multiple of 16."""
     return SketchConfig(dim_h=8, dim_r=dim // 16, dim_g=dim // 16)
 
@@ -201,7 +249,11 @@ def _sketch(store: Store, setting: Setting) -> Callable[[], Any]:
     signer = open_signer(store, setting.config)
     identity = prepare_index(store, signer, model=setting.config.model)
     blocks = list(_blocks(store, setting))
-    return lambda: sketch_blocks(store, identity, blocks, dim=signer.sketch.dim, signer=lambda: signer)
+
+    def fill(some: Sequence[str]) -> None:
+        sketch_blocks(store, identity, some, dim=signer.sketch.dim, signer=lambda: signer)
+
+    return lambda: _at_once(setting, fill, blocks)
 
 
 def _fill(store: Store, setting: Setting) -> Callable[[], Any]:
@@ -217,7 +269,7 @@ def _fill(store: Store, setting: Setting) -> Callable[[], Any]:
             signature /= np.linalg.norm(signature, axis=1, keepdims=True)
             ones = np.ones(rows, dtype=np.int32)
             signatures = RowSignatures(signature.astype(np.float16), 60 * ones, ones)
-            write_block(store, INDEX, block, signatures, seconds=0.0, producer={})
+            write_block(store, setting.index, block, signatures, seconds=0.0, producer={})
 
     return fill
 
@@ -231,12 +283,11 @@ def _value(store: Store, setting: Setting) -> Callable[[], Any]:
     names = pl.DataFrame({"doc_id": [str(number) for number in range(setting.queries)]})
     targets = {"good": Target("benchmark", names, queries)}
 
-    def value() -> None:
-        parts = cut_parts(INDEX, _blocks(store, setting))
-        score_parts(store, INDEX, parts, targets=targets, aggregate=setting.config.aggregate,
-                    sketch=_layout(setting.dim), memory=setting.memory)  # fmt: skip
+    def value(parts: Sequence[Part]) -> None:
+        score_parts(store, setting.index, parts, targets=targets, aggregate=setting.config.aggregate,
+                    sketch=layout(setting.dim), memory=setting.memory // setting.workers)  # fmt: skip
 
-    return value
+    return lambda: _at_once(setting, value, cut_parts(setting.index, _blocks(store, setting)))
 
 
 def _select(store: Store, setting: Setting) -> Callable[[], Any]:
@@ -248,7 +299,7 @@ def _select(store: Store, setting: Setting) -> Callable[[], Any]:
         store,
         open_corpus(store, config),
         run_id="benchmark",
-        parts=cut_parts(INDEX, _blocks(store, setting)),
+        parts=cut_parts(setting.index, _blocks(store, setting)),
         weights={"good": 1.0},
         targets=["good"],
         aggregate=config.aggregate,
@@ -296,7 +347,7 @@ def _export(store: Store, setting: Setting) -> Callable[[], Any]:
         "identity": [],
         "corpus": {"name": "pool", "version": 1, "snapshot_id": ""},
         "model": {"name": "unused", "fingerprint": ""},
-        "index_id": INDEX,
+        "index_id": setting.index,
         "weights": {"good": 1.0},
         "aggregate": "mean",
         "keep": {"fraction": 0.5},
