@@ -44,7 +44,7 @@ def store_error(error: Exception, *, root: str, where: str) -> CurationError:
     text = str(error)
     if "NoSuchBucket" in text:
         return StoreError(f"the bucket of {root} does not exist; create it first")
-    if isinstance(error, (obstore_errors.NotFoundError, FileNotFoundError)):
+    if isinstance(error, (obstore_errors.NotFoundError, FileNotFoundError, IsADirectoryError)):
         return MissingObjectError(f"{where} is not in the store")
     if _NO_CREDENTIALS in text:
         return StoreError(

@@ -39,7 +39,7 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
 """Part of the format: blocks chunked otherwise read as incomplete."""
 _READERS = 16
-_CHUNKS_AT_ONCE = 2
+CHUNKS_AT_ONCE = 2
 _NORM_ERROR = 0.02
 
 Float16Array = npt.NDArray[np.float16]
@@ -264,14 +264,24 @@ def write_block(store: Store, identity: str, block_id: str, signatures: RowSigna
 def write_signatures(store: Store, group_key: str, signatures: RowSignatures) -> None:
     """Write the three arrays of a group; what another worker has written of it stays.
 
+    zarr describes them. A chunk is stored without zarr, as the bytes of its rows, which is what zarr would store.
+
     Raises
     ------
     StoreError, TransientError
     """
-    store.checked(group_key, lambda: _write_arrays(store, group_key, signatures))
+    store.checked(group_key, lambda: _describe_arrays(store, group_key, signatures))
+
+    def write(chunk: tuple[str, memoryview]) -> bool:
+        name, data = chunk
+        return store.create(f"{group_key}/{name}", data)
+
+    with ContextPool(CHUNKS_AT_ONCE) as pool:
+        for _ in pool.ahead(write, _stored_chunks(signatures), CHUNKS_AT_ONCE):
+            pass
 
 
-def _write_arrays(store: Store, group_key: str, signatures: RowSignatures) -> None:
+def _describe_arrays(store: Store, group_key: str, signatures: RowSignatures) -> None:
     import zarr
     from zarr.errors import ContainsArrayError, ContainsGroupError
 
@@ -293,19 +303,33 @@ def _write_arrays(store: Store, group_key: str, signatures: RowSignatures) -> No
                 group.create_array(
                     name, shape=data.shape, dtype=data.dtype, chunks=chunks, compressors=None, fill_value=fill
                 )
-            array = zarr.open_array(store.zarr(f"{group_key}/{name}"), mode="r+", config={"write_empty_chunks": True})
-            step = _CHUNKS_AT_ONCE * chunks[0]  # zarr copies what it writes at the same time
-            for start in range(0, rows, step):
-                array[start : start + step] = data[start : start + step]
+
+
+def _stored_chunks(signatures: RowSignatures) -> Iterator[tuple[str, memoryview]]:
+    """The chunks of the three arrays as they are stored, by their keys below the group."""
+    rows, dim = signatures.signature.shape
+    chunk_rows, _ = _chunking(rows, dim)
+    for chunk, start in enumerate(range(0, rows, chunk_rows)):
+        part = signatures.signature[start : start + chunk_rows]
+        if len(part) < chunk_rows:
+            part = np.concatenate([part, np.full((chunk_rows - len(part), dim), np.nan, part.dtype)])
+        yield f"signature/c/{chunk}/0", _stored(part, "<f2")
+    yield "tokens/c/0", _stored(signatures.tokens, "<i4")
+    yield "chunks/c/0", _stored(signatures.chunks, "<i4")
+
+
+def _stored(values: npt.NDArray[Any], dtype: str) -> memoryview:
+    return np.ascontiguousarray(values, dtype=dtype).data.cast("B")
 
 
 def checksums(store: Store, group_key: str) -> dict[str, int]:
     """CRC-32C of every stored object of a group, by its key below the group."""
     prefix = f"{group_key}/"
     # with the size: the checksum of a body that was cut would be recorded, and refuse the whole one for ever
-    return {
-        key.removeprefix(prefix): crc32c(store.get_buffer(key, size=size)) for key, size in sorted(store.list(prefix))
-    }
+    found = sorted(store.list(prefix))
+    with ContextPool(CHUNKS_AT_ONCE) as pool:
+        sums = pool.ahead(lambda item: crc32c(store.get_buffer(item[0], size=item[1])), found, CHUNKS_AT_ONCE)
+        return {key.removeprefix(prefix): value for (key, _), value in zip(found, sums, strict=True)}
 
 
 def read_record(store: Store, identity: str, block_id: str) -> BlockRecord:

@@ -136,7 +136,14 @@ class Store:
 
     def get_buffer(self, key: str, *, size: int | None = None) -> memoryview:
         """All bytes of an object, which are `size` where that is known, as they arrived, without a copy."""
-        return self._asked(key, lambda: self._sized(key, obstore.get(self._backend, key).bytes(), size))
+        return self._asked(key, lambda: self._sized(key, self._whole(key), size))
+
+    def _whole(self, key: str) -> Any:
+        """All bytes; of a local file by the system's own read, which is twice as fast as the client's."""
+        if not self.is_local:
+            return obstore.get(self._backend, key).bytes()
+        with open(self.url(key), "rb", buffering=0) as file:
+            return file.read()
 
     def get_range(self, key: str, start: int, length: int) -> memoryview:
         """Some bytes of an object; else like `get`."""
@@ -151,7 +158,7 @@ class Store:
             raise TransientError(f"{self.url(key)}: {len(buffer):,} bytes were sent, not {size:,}")
         return buffer
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes | memoryview) -> bool:
         """Write an object unless it exists. Returns whether this call wrote it.
 
         The answer to a write may be lost although it was done. Then the next try finds the object there, and its
@@ -173,7 +180,7 @@ class Store:
 
         return retry.retried(put)
 
-    def _put(self, key: str, data: bytes) -> bool:
+    def _put(self, key: str, data: bytes | memoryview) -> bool:
         count("requests")
         with named_errors(self, key):
             try:
