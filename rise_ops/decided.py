@@ -1,13 +1,13 @@
 """Decisions that were made before: a run that would decide as an earlier one did takes its decisions over.
 
-    runs/<run_id>/decisions.json   decision_id, what was decided in numbers, the checksum of `decisions.parquet`;
-                                   written after it
+    runs/<run_id>/decisions.json   decision_id, what was decided in numbers, the checksum of `decisions.parquet`, the
+                                   run that these were taken from, if any; written after them
 
     decision_id = sha256 of canonical_json([code, sources, parts, targets, weights, aggregate, index, selection])
 
 All that decisions depend on has a name by content, and the code counts as the hash of the package's sources: another
 release decides anew. Looked at are the LATEST runs in the store. Decisions that do not match their checksum, or went
-while they were copied, are as good as none.
+while they were copied, are as good as none. The examples for people follow from the decisions, and go along with them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 from rise_ops.checksums import crc32c, stored_crc32c
 from rise_ops.config import SelectionConfig
 from rise_ops.errors import IntegrityError, MissingObjectError
+from rise_ops.examples import FORMAT_VERSION as EXAMPLES_FORMAT
+from rise_ops.examples import examples_key
 from rise_ops.hashing import fingerprint
 from rise_ops.progress import Progress, silent
-from rise_ops.runs import code_identity, decisions_key
+from rise_ops.runs import code_identity, decided_key, decisions_key
 from rise_ops.selection import Scored, Selection, decide, preview
 from rise_ops.shapes import DecidedShape
 from rise_ops.spool import spool
@@ -67,8 +69,9 @@ def decide_once(store: Store, scored: Scored, *, run_id: str, selection: Selecti
         "decision_id": identity,
         "crc32c": stored_crc32c(store, decisions_key(run_id)),
         "selection": asdict(found),
+        "taken_from": None,
     }
-    store.create_json(_key(run_id), record)
+    store.create_json(decided_key(run_id), record)
     return Decided(found, reused=False)
 
 
@@ -79,6 +82,31 @@ def preview_once(store: Store, scored: Scored, selection: SelectionConfig, *, me
         return preview(store, scored, selection, memory=memory)
     check_parts(store, scored.parts)
     return Selection(**known[1]["selection"])
+
+
+def take_examples(store: Store, run_id: str, *, evaluation: Json | None) -> str | None:
+    """Copy the examples of the run that a run's decisions were taken from. Returns their key, None: there are none.
+
+    Examples without the influence of tokens are not taken: the model may be there by now.
+
+    Parameters
+    ----------
+    evaluation
+        What the examples have to say of it.
+
+    Raises
+    ------
+    StoreError, TransientError
+    """
+    with suppress(MissingObjectError, IntegrityError):
+        earlier = store.get_json(decided_key(run_id), format_version=FORMAT_VERSION, shape=DecidedShape)["taken_from"]
+        if earlier is not None:
+            found = store.get_json(examples_key(earlier), format_version=EXAMPLES_FORMAT)
+            hits = (hit for query in found["queries"] for hit in query["top"])
+            if found["evaluation"] == evaluation and any("tokens" in hit for hit in hits):
+                store.create_json(examples_key(run_id), found)
+                return examples_key(run_id)
+    return None
 
 
 def decision_id(scored: Scored, selection: SelectionConfig) -> str:
@@ -95,7 +123,7 @@ def _find(store: Store, identity: str) -> tuple[str, Json] | None:
     """The latest run that decided so, and its record."""
     for run_id in reversed(store.children("runs")[-LATEST:]):
         with suppress(MissingObjectError, IntegrityError):
-            found = store.get_json(_key(run_id), format_version=FORMAT_VERSION, shape=DecidedShape)
+            found = store.get_json(decided_key(run_id), format_version=FORMAT_VERSION, shape=DecidedShape)
             if found["decision_id"] == identity:
                 return run_id, found
     return None
@@ -118,9 +146,5 @@ def _taken_over(store: Store, earlier: str, record: Json, run_id: str) -> bool:
         if checksum != record["crc32c"]:
             return False
         store.create_from_file(decisions_key(run_id), path)
-    store.create_json(_key(run_id), record)
+    store.create_json(decided_key(run_id), {**record, "taken_from": earlier})
     return True
-
-
-def _key(run_id: str) -> str:
-    return f"runs/{run_id}/decisions.json"

@@ -3,6 +3,7 @@
     runs/<run_id>/run.json             the whole record, written once, when the run ends (also when it fails)
     runs/<run_id>/openlineage.jsonl    the same as OpenLineage events (`rise_ops.openlineage`), written just after
     runs/<run_id>/decisions.parquet    what became of each row (`rise_ops.selection`)
+    runs/<run_id>/decisions.json       what decided on it, so that the same is decided once (`rise_ops.decided`)
 
 A stage's record names inputs and outputs (URI, SHA-256 where there is one, rows), how long it took and whether
 its result was already there. The code is named by version, a hash of
@@ -106,6 +107,11 @@ def lineage_key(run_id: str) -> str:
 def decisions_key(run_id: str) -> str:
     """Where a run's decisions are in the store."""
     return f"runs/{run_id}/decisions.parquet"
+
+
+def decided_key(run_id: str) -> str:
+    """Where it is recorded what a run decided, and by what (`rise_ops.decided`)."""
+    return f"runs/{run_id}/decisions.json"
 
 
 def write_run(store: Store, record: Mapping[str, Any]) -> str:

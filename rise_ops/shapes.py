@@ -167,6 +167,7 @@ class DecidedShape:
     decision_id: str
     crc32c: Checksum
     selection: dict[str, Any]
+    taken_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import read_version
+from rise_ops.decided import take_examples
 from rise_ops.evaluation import evaluate_run
 from rise_ops.examples import write_examples
 from rise_ops.export import export_rows
@@ -69,7 +70,7 @@ def collect_examples(
 ) -> Json:
     """Rows to judge the selection by, and what the queries attribute to, by tokens where the model opens."""
     store = Store(store_uri)
-    key = write_examples(
+    key = take_examples(store, run_id, evaluation=evaluation) or write_examples(
         store,
         read_version(store, config.corpus.name, version),
         blocks,

@@ -27,7 +27,7 @@ from rise_ops.openlineage import RunEvents, openlineage_run_id
 from rise_ops.quarantine import quarantine_key
 from rise_ops.redaction import error_text
 from rise_ops.report import write_report
-from rise_ops.runs import code_identity, decisions_key, new_run_id, now, reference, stage_record, write_run
+from rise_ops.runs import code_identity, decided_key, decisions_key, new_run_id, now, reference, stage_record, write_run
 from rise_ops.store import Store
 from tasks.metering import gathering
 from tasks.run_logs import arrange_logs
@@ -136,7 +136,7 @@ class Recorder:
         False: it cannot be noted, or was made again once already.
         """
         # what this attempt decided is not for the next one, which may find the sources changed
-        own = (decisions_key(self.run_id), examples_key(self.run_id), quarantine_key(self.run_id))
+        own = [key(self.run_id) for key in (decided_key, decisions_key, examples_key, quarantine_key)]
         try:
             damage = self._note(error)
             if damage is None or damage.key in self._mended:
