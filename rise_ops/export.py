@@ -56,6 +56,8 @@ _CLAIM_ATTEMPTS = 20
 _RANGE_BYTES = 8 * 2**20
 _logger = logging.getLogger(__name__)
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
+_parse = json.JSONDecoder().raw_decode
+"""Of what is JSON from its first character on; json.loads looks for blanks and encodings in every row."""
 
 Row = dict[str, Any]
 
@@ -287,7 +289,7 @@ def _write_parquet(lines: Iterator[bytes], path: Path, types: ColumnTypes, *, gr
     schema, total = types.schema(last=tuple(OWN_COLUMNS)), 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for group in _parts(lines, group_bytes):
-            while rows := [json.loads(line) for line in islice(group, _GROUP_ROWS)]:
+            while rows := [_parse(line.decode())[0] for line in islice(group, _GROUP_ROWS)]:
                 total += len(rows)
                 batch = types.batch(rows, schema)
                 rows.clear()  # the values are in the batch now
@@ -365,7 +367,7 @@ def _renamed(fields: Iterable[str]) -> dict[str, str]:
 
 
 def _original(row: Row, renamed: Mapping[str, str]) -> Row:
-    original: Row = json.loads(row["meta"])
+    original: Row = _parse(row["meta"])[0]
     if row["text_field"] is not None:
         original[row["text_field"]] = row["text"]
     columns = {renamed.get(name, name): value for name, value in original.items()}
