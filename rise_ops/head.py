@@ -12,19 +12,21 @@ Only the configured channels are there, in the configured order. The LM-head gra
 
 CountSketch is linear, so `ĝ` is a weighted sum of rows of `M = CS_g(W)`, computed once. Logits are computed for
 counted positions only, a bounded slice at a time; `s`, softmax and sketches are float32 whatever the weights
-are. Runs on the device of the unembedding. Does not run the model: see `rise_ops.trunk`.
+are. Runs on the device of the unembedding: on a CPU support and sketches of a position are one compiled pass
+(`rise_ops.fused`), elsewhere tensor operations (`rise_ops.support`). Does not run the model: see `rise_ops.trunk`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from rise_ops.config import SketchConfig
 from rise_ops.errors import ModelError
-from rise_ops.sketch import SketchTables
+from rise_ops.sketch import SketchTables, column_codes
 from rise_ops.support import Residuals, residuals
 
 DEFAULT_LOGIT_BYTES = 64 * 2**20
@@ -53,6 +55,8 @@ class ReadoutHead:
         Final soft-capping `cap · tanh(z / cap)` (Gemma 2).
     max_logit_bytes
         Memory for logits at a time. The result does not depend on it beyond rounding.
+    compiled
+        Whether to use the compiled pass; by default on a CPU, the only device that has it.
 
     Raises
     ------
@@ -70,6 +74,7 @@ class ReadoutHead:
         logit_scale: float = 1.0,
         soft_cap: float | None = None,
         max_logit_bytes: int = DEFAULT_LOGIT_BYTES,
+        compiled: bool | None = None,
     ) -> None:
         self.config = config
         self.vocab_size, self.hidden_dim = unembedding.shape
@@ -81,6 +86,7 @@ class ReadoutHead:
         self.logit_scale = float(logit_scale)
         self.soft_cap = None if soft_cap is None else float(soft_cap)
         self.max_logit_bytes = max_logit_bytes
+        self._compiled = self.device.type == "cpu" if compiled is None else compiled
         # CPUs have no matrix product of 16-bit factors with a float32 result.
         weight = unembedding.detach()
         self._weight = weight.float() if self.device.type == "cpu" else weight
@@ -94,6 +100,7 @@ class ReadoutHead:
         self._h_matrix = self.tables.h.matrix(device=self.device) if "h" in names else None
         self._r_buckets = self.tables.r.buckets.to(self.device)
         self._r_signs = self.tables.r.signs.to(self.device, torch.float32)
+        self._codes = column_codes(self.tables.r)
         self._projected: torch.Tensor | None = None
         if "g" in names:
             matrix = self.tables.g.matrix(device=self.device)
@@ -106,7 +113,8 @@ class ReadoutHead:
     @property
     def slice_rows(self) -> int:
         """Positions whose logits are computed at a time."""
-        return max(1, self.max_logit_bytes // (LOGIT_COPIES * 4 * self.vocab_size))
+        copies = 1 if self._compiled else LOGIT_COPIES
+        return max(1, self.max_logit_bytes // (copies * 4 * self.vocab_size))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -246,7 +254,10 @@ class ReadoutHead:
         """Unit-length sketches of some positions, written to their places in `factors`."""
         if self._h_matrix is not None:
             factors["h"][positions] = self._unit(hidden.float() @ self._h_matrix)
-        scaled = self.logits(hidden, out=buffer).div_(self.config.temperature)
+        scaled = self._scaled_logits(hidden, out=buffer)
+        if self._compiled:
+            self._sketch_compiled(scaled, targets, positions, factors)
+            return
         for found in residuals(scaled, targets, self.config):
             rows = slice(None) if found.rows is None else found.rows
             places, own = positions[rows], targets[rows]
@@ -254,6 +265,32 @@ class ReadoutHead:
                 factors["r"][places] = self._unit(self._sketch_r(found, own))
             if self._projected is not None:
                 factors["g"][places] = self._unit(self._sketch_g(found, self._projected))
+
+    def _scaled_logits(self, hidden: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """Logits divided by the temperature, float32 [N, V], in `out`."""
+        if self._weight.dtype != torch.float32 or self._bias is not None or self.soft_cap is not None:
+            return self.logits(hidden, out=out).div_(self.config.temperature)
+        # the factor on D numbers, not on V
+        scaled = hidden.float() * (self.logit_scale / self.config.temperature)
+        return torch.mm(scaled, self._weight.t(), out=out[: hidden.shape[0]])
+
+    def _sketch_compiled(
+        self, scaled: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, factors: dict[str, torch.Tensor]
+    ) -> None:
+        from rise_ops import fused
+
+        nothing = np.empty((len(self._codes), 0), np.float32)
+        fused.sketch_residuals(
+            scaled.numpy(),
+            targets.numpy(),
+            positions.numpy(),
+            codes=self._codes,
+            projected=nothing if self._projected is None else self._projected.numpy(),
+            out_r=factors["r"].numpy() if "r" in factors else nothing,
+            out_g=factors["g"].numpy() if "g" in factors else nothing,
+            config=self.config,
+            threads=torch.get_num_threads(),
+        )
 
     def _sketch_r(self, found: Residuals, targets: torch.Tensor) -> torch.Tensor:
         """CountSketch of residuals, as `Σ_{v≠y} r_v (s_v e_b(v) − s_y e_b(y))`.

@@ -67,6 +67,11 @@ class CountSketch:
         return dense.to(device)
 
 
+def column_codes(sketch: CountSketch) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """A sketch in one number an input, int32 [n_in]: twice the bucket, and one more where the sign is +1."""
+    return (2 * sketch.buckets + (sketch.signs > 0)).to("cpu", torch.int32).numpy()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SketchTables:
     """The sketches of hidden states (h), back-projected residuals (g) and residuals (r)."""

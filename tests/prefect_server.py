@@ -36,7 +36,9 @@ PREFECT_YAML = ROOT / "deployments" / "prefect.yaml"
 POOL = "curation-process"
 TEAMS = ("support", "search")
 _FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-_SECONDS = 120.0
+_SECONDS = 240.0
+_ANSWER_SECONDS = 120.0
+"""More than a request may wait inside the server: 30 s for a connection to its database, then 60 s for a lock."""
 
 Json = dict[str, Any]
 Found = TypeVar("Found")
@@ -61,7 +63,7 @@ class PrefectServer:
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=30) as answer:
+            with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as refusal:
             with refusal:
