@@ -20,7 +20,7 @@ import torch
 from rise_ops.alive import alive_if_possible
 from rise_ops.code_search import search_codes
 from rise_ops.config import CurationConfig, SimHashConfig
-from rise_ops.corpus import CorpusVersion, placements, read_block
+from rise_ops.corpus import CorpusVersion, Placements, read_block
 from rise_ops.filters import EVERY_ROW, RowFilter
 from rise_ops.memory import value_memory
 from rise_ops.progress import Progress, silent
@@ -252,15 +252,17 @@ def locate(store: Store, version: CorpusVersion, blocks: Sequence[str], rows: pl
     A row that stands in several objects is given the first place, by URI and row, of those that were searched.
     """
     uris = [entry.uri for entry in version.sources if only.matches(entry.uri)]
+    searched = pl.lit(value=True) if only.source is None else pl.col("source_uri").is_in(uris)
+    placements = Placements(store, version)
     wanted = rows.select("block", "block_row").unique().sort("block", "block_row")
     parts = wanted.partition_by("block", maintain_order=True)
     located = []
     for start in range(0, len(parts), _BLOCKS_AT_ONCE):  # objects hold many blocks: ask for their places together
         some = [(blocks[part["block"][0]], part) for part in parts[start : start + _BLOCKS_AT_ONCE]]
         found = pl.concat([_content(store, block_id, part) for block_id, part in some])
-        places = placements(store, version, [block_id for block_id, _ in some])
         first = (
-            places.filter(pl.col("source_uri").is_in(uris))
+            placements.of(block_id for block_id, _ in some)
+            .filter(searched)
             .join(found, on=["block_id", "block_row"], how="semi")
             .sort("source_uri", "source_row")
             .unique(["block_id", "block_row"], keep="first")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from rise_ops.blocks import read_block
-from rise_ops.corpus import CorpusVersion, placements
+from rise_ops.corpus import CorpusVersion, Placements
 from rise_ops.errors import ConfigError
 from rise_ops.store import Store
 
@@ -72,20 +72,22 @@ class RowFilter:
         whole = {block for entry in version.sources if entry.uri in uris and not entry.pack for block in entry.blocks}
         held = {block for entry in version.sources if entry.uri in uris for block in entry.blocks}
 
+        placements = Placements(store, version)
+
         def rows(block_id: str) -> npt.NDArray[np.bool_]:
             if block_id not in held:
                 return np.zeros(1, bool)  # broadcast: none
             found = np.ones(1, bool)
             if block_id not in whole:
-                found = _placed(store, version, block_id, uris)
+                found = _placed(placements, block_id, uris)
             return found if self.label is None else found & _labelled(store, block_id, *self.label)
 
         return rows
 
 
-def _placed(store: Store, version: CorpusVersion, block_id: str, uris: set[str]) -> npt.NDArray[np.bool_]:
+def _placed(placements: Placements, block_id: str, uris: set[str]) -> npt.NDArray[np.bool_]:
     """Rows of a block that some sources hold: small objects share blocks."""
-    places = placements(store, version, [block_id])
+    places = placements.of([block_id])
     mine = places.filter(pl.col("source_uri").is_in(list(uris)))["block_row"].to_numpy()
     return np.isin(np.arange(1 + int(places["block_row"].to_numpy().max())), mine)
 
