@@ -58,7 +58,7 @@ def test_a_run_publishes_and_a_second_one_has_nothing_to_do(config_path: Path) -
     assert second["snapshot_id"] == first["snapshot_id"]
     assert second["index_id"] == first["index_id"]
     assert second["export"] == first["export"]
-    assert all(second["stages"][name]["cached"] for name in ("ingest", "index", "value", "export"))
+    assert all(second["stages"][name]["cached"] for name in ("ingest", "index", "value", "select", "export"))
     assert [item["version"] for item in list_exports(store)] == ["0001"]
 
 
