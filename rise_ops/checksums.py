@@ -10,33 +10,35 @@ import numpy as np
 if TYPE_CHECKING:
     from rise_ops.store import Store
 
-_RANGE_BYTES = 16 * 2**20
-
 
 def crc32c(data: memoryview, value: int = 0) -> int:
     """CRC-32C of a buffer, going on from `value`, without a copy.
 
     The library takes `bytes`, for which it lets other threads run, and read-only arrays.
     """
-    whole = data.obj
-    if isinstance(whole, bytes) and len(whole) == data.nbytes:
-        return google_crc32c.extend(value, whole)
-    view = np.asarray(data)
-    view.flags.writeable = False
-    return google_crc32c.extend(value, view)  # type: ignore[arg-type]
+    taken: object = data.obj
+    if not (isinstance(taken, bytes) and len(taken) == data.nbytes and data.contiguous):
+        taken = view = np.asarray(data)
+        view.flags.writeable = False
+    found: int = google_crc32c.extend(value, taken)
+    return found
 
 
-def stored_crc32c(store: Store, key: str) -> int:
+def stored_crc32c(store: Store, key: str, *, size: int | None = None, into: memoryview | None = None) -> int:
     """CRC-32C of an object as it is stored, whoever wrote it; some megabytes of it are in memory at a time.
+
+    Parameters
+    ----------
+    size
+        Bytes that the object has, where that is known.
+    into
+        Where its bytes are put on the way.
 
     Raises
     ------
     MissingObjectError, StoreError, TransientError
     """
-    size = store.size(key)
-    if not size:
-        return crc32c(store.get_buffer(key))
     value = 0
-    for start in range(0, size, _RANGE_BYTES):
-        value = crc32c(store.get_range(key, start, min(_RANGE_BYTES, size - start)), value)
+    for piece in store.pieces(key, size=size, into=into):
+        value = crc32c(piece, value)
     return value

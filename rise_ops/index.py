@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rise_ops.checksums import crc32c
+from rise_ops.checksums import crc32c, stored_crc32c
 from rise_ops.config import ModelConfig, SketchConfig
 from rise_ops.errors import DamagedError, IntegrityError, MissingObjectError, ModelError, StoreError
 from rise_ops.hashing import fingerprint
@@ -39,7 +39,10 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 16 * 2**20
 """Part of the format: blocks chunked otherwise read as incomplete."""
 _READERS = 16
-CHUNKS_AT_ONCE = 2
+CHUNKS_AT_ONCE = 4
+"""Written at the same time, without a copy."""
+_READ_BACK = 2
+"""Chunks read back at the same time; over a network each of them takes memory."""
 _NORM_ERROR = 0.02
 
 Float16Array = npt.NDArray[np.float16]
@@ -327,8 +330,8 @@ def checksums(store: Store, group_key: str) -> dict[str, int]:
     prefix = f"{group_key}/"
     # with the size: the checksum of a body that was cut would be recorded, and refuse the whole one for ever
     found = sorted(store.list(prefix))
-    with ContextPool(CHUNKS_AT_ONCE) as pool:
-        sums = pool.ahead(lambda item: crc32c(store.get_buffer(item[0], size=item[1])), found, CHUNKS_AT_ONCE)
+    with ContextPool(_READ_BACK) as pool:
+        sums = pool.ahead(lambda item: stored_crc32c(store, item[0], size=item[1]), found, _READ_BACK)
         return {key.removeprefix(prefix): value for (key, _), value in zip(found, sums, strict=True)}
 
 
@@ -382,17 +385,25 @@ def iter_signatures(store: Store, identity: str, record: BlockRecord) -> Iterato
         yield read_chunk(store, identity, record, chunk)
 
 
-def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> Float16Array:
+def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int, *,
+               into: Float16Array | None = None) -> Float16Array:  # fmt: skip
     """The rows of one chunk, [chunk_rows or fewer, dim] float16, checked.
 
     Reads the stored object itself: uncompressed little-endian rows, which NumPy can use in place.
+
+    Parameters
+    ----------
+    into
+        [record.chunk_rows, record.dim], in one piece: where the rows are put. Else they come in fresh memory, which
+        takes longer than to read them from a disk's cache, and cannot be written to.
 
     Raises
     ------
     IntegrityError
         The chunk is missing or differs from its checksum.
     """
-    data = _read_checked(store, identity, record, f"signature/c/{chunk}/0")
+    room = None if into is None else into.data.cast("B")
+    data = _read_checked(store, identity, record, f"signature/c/{chunk}/0", into=room)
     rows = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
     return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
 
@@ -461,20 +472,22 @@ def _is_signature(data: Float16Array) -> bool:
     return abs(norm - 1) < _NORM_ERROR or norm == 0
 
 
-def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
+def _read_checked(store: Store, identity: str, record: BlockRecord, name: str, *,
+                  into: memoryview | None = None) -> memoryview:  # fmt: skip
     """A stored object of a block, which must be what its record says."""
     key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
-    return store.checked(key, lambda: _read_once(store, key, record.crc32c.get(name)))
+    return store.checked(key, lambda: _read_once(store, key, record.crc32c.get(name), into))
 
 
-def _read_once(store: Store, key: str, expected: int | None) -> memoryview:
+def _read_once(store: Store, key: str, expected: int | None, into: memoryview | None) -> memoryview:
     try:
-        data = store.get_buffer(key)
+        data = store.get_buffer(key) if into is None else into
+        found = crc32c(data) if into is None else stored_crc32c(store, key, into=into)
     except MissingObjectError:
         raise DamagedError(
             f"{store.url(key)} is missing; run `curate index` to compute it again", store.url(key)
         ) from None
-    if crc32c(data) != expected:
+    if found != expected:
         raise DamagedError(
             f"{store.url(key)} does not match the checksum in its block's record; `curate verify --deep` notes it, and "
             "the next run computes it again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -21,6 +22,7 @@ from rise_ops.index import (
     BlockRecord,
     iter_signatures,
     list_indexed,
+    read_chunk,
     read_counts,
     read_index,
     read_record,
@@ -82,6 +84,29 @@ def test_round_trip(store: Store) -> None:
     np.testing.assert_array_equal(tokens, written.tokens)
     np.testing.assert_array_equal(chunks, written.chunks)
     assert _listed(store, 37)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_are_read_into_a_buffer_that_is_used_again(store: Store) -> None:
+    written = signed(37)
+    record = _write(store, written)
+    buffer = np.empty((record.chunk_rows, record.dim), np.float16)
+    rows = 0
+    for chunk in range(4):
+        found = read_chunk(store, INDEX, record, chunk, into=buffer)
+        assert np.shares_memory(found, buffer)
+        np.testing.assert_array_equal(found, written.signature[rows : rows + len(found)])
+        rows += len(found)
+    assert rows == 37
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b"\1" + data[1:]])
+def test_what_is_read_into_a_buffer_is_checked(store: Store, change: Callable[[bytes], bytes]) -> None:
+    record = _write(store, signed(5))
+    key = f"{GROUP}/signature/c/0/0"
+    _replace(store, key, change(store.get(key)))
+    with pytest.raises(DamagedError, match="does not match the checksum"):
+        read_chunk(store, INDEX, record, 0, into=np.empty((record.chunk_rows, record.dim), np.float16))
 
 
 def test_full_size_rows_round_trip(store: Store) -> None:

@@ -27,6 +27,7 @@ import pytest
 import zarr
 
 from rise_ops import store as store_module
+from rise_ops.checksums import stored_crc32c
 from rise_ops.errors import (
     ConfigError,
     CurationError,
@@ -50,6 +51,22 @@ def test_an_object_is_read_as_it_was_written(store: Store) -> None:
     assert store.get("a/b/c.bin") == b"\x00\x01\xff"
     assert store.size("a/b/c.bin") == 3
     assert store.exists("a/b/c.bin")
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**18, 2**18 + 1])
+def test_an_object_is_read_in_pieces(store: Store, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_RANGE_BYTES", 2**17)
+    data, buffer = os.urandom(size), bytearray(size)
+    store.create("a/b", data)
+    assert b"".join(bytes(piece) for piece in store.pieces("a/b")) == data
+    assert b"".join(bytes(piece) for piece in store.pieces("a/b", size=size)) == data
+    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer))) == data == buffer
+    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer)[1:])) == data
+    assert stored_crc32c(store, "a/b") == google_crc32c.value(data)
+    with pytest.raises(MissingObjectError):
+        stored_crc32c(store, "a/c")
+    with pytest.raises(MissingObjectError):
+        stored_crc32c(store, "a")
 
 
 def test_an_empty_object_exists(store: Store) -> None:

@@ -21,10 +21,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from tests import servers
 IDENTITY = "0" * 64
 CHUNK_MIB = (4, 8, 16, 32)
 AT_ONCE = (1, 2, 4, 8)
+_BASES = ("raw PUTs", "np.save", "raw GETs", "memory map")
 
 Seconds = dict[str, list[float]]
 Ways = dict[str, Callable[[], object]]
@@ -111,16 +113,16 @@ def _s3(folder: Path, stack: ExitStack) -> Place:
     return Place(f"S3 ({kind})", Store(uri), client, clean)
 
 
-def _settings() -> Iterator[tuple[int, int]]:
-    """MiB of a chunk, and chunks at a time."""
-    yield from ((mib, index.CHUNKS_AT_ONCE) for mib in CHUNK_MIB)
-    yield from ((index.CHUNK_BYTES // 2**20, count) for count in AT_ONCE if count != index.CHUNKS_AT_ONCE)
+def _settings(*, default: int) -> list[tuple[int, int]]:
+    """MiB of a chunk, and chunks at a time: first the one varies, then the other."""
+    at_once = [(index.CHUNK_BYTES // 2**20, count) for count in AT_ONCE if count != default]
+    return [*((mib, default) for mib in CHUNK_MIB), *at_once]
 
 
 def _written(place: Place, signatures: RowSignatures, folder: Path, repeat: int) -> dict[tuple[int, int], Seconds]:
     rows, dim = signatures.signature.shape
     found = {}
-    for mib, count in _settings():
+    for mib, count in _settings(default=index.CHUNKS_AT_ONCE):
         with mock.patch.multiple(index, CHUNK_BYTES=mib * 2**20, CHUNKS_AT_ONCE=count):
             step = index._chunking(rows, dim)[0]
             ways: Ways = {
@@ -137,15 +139,14 @@ def _written(place: Place, signatures: RowSignatures, folder: Path, repeat: int)
 def _read(place: Place, signatures: RowSignatures, folder: Path, repeat: int) -> dict[tuple[int, int], Seconds]:
     np.save(folder / "rows.npy", signatures.signature)
     found = {}
-    for mib, count in [(mib, count) for mib, _ in list(_settings())[:4] for count in (1,)] + [
-        (index.CHUNK_BYTES // 2**20, count) for count in AT_ONCE[1:]
-    ]:
+    for mib, count in _settings(default=1):
         with mock.patch.object(index, "CHUNK_BYTES", mib * 2**20):
             record = _write(place.store, signatures)
         keys = [f"indexes/{IDENTITY}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
                 for chunk in range(-(-record.rows // record.chunk_rows))]  # fmt: skip
         ways: Ways = {
             "ours": partial(_read_all, place.store, record, len(keys), count),
+            "into a buffer": partial(_read_all, place.store, record, len(keys), count, again=True),
             "unchecked": partial(_read_all, place.store, record, len(keys), count, checked=False),
             "raw GETs": partial(_get_all, place.client, keys, count),
         }
@@ -169,12 +170,21 @@ def _put_all(client: Any, signatures: RowSignatures, step: int) -> None:
         obstore.put(client, f"raw/{name}/{start}", part.data.cast("B"), mode="create", use_multipart=False)
 
 
-def _read_all(store: Store, record: index.BlockRecord, chunks: int, count: int, *, checked: bool = True) -> None:
+def _read_all(store: Store, record: index.BlockRecord, chunks: int, count: int, *, checked: bool = True,
+              again: bool = False) -> None:  # fmt: skip
+    """`again`: into a buffer a thread, not into fresh memory."""
+    buffers = threading.local()
+
+    def read(chunk: int) -> None:
+        if again and not hasattr(buffers, "own"):
+            buffers.own = np.empty((record.chunk_rows, record.dim), np.float16)
+        index.read_chunk(store, IDENTITY, record, chunk, into=buffers.own if again else None)
+
     with ExitStack() as stack:
         if not checked:
             record = replace(record, crc32c=dict.fromkeys(record.crc32c, 0))
-            stack.enter_context(mock.patch.object(index, "crc32c", lambda data: 0))
-        _at_once(partial(index.read_chunk, store, IDENTITY, record), range(chunks), count)
+            stack.enter_context(mock.patch.object(index, "crc32c", return_value=0))
+        _at_once(read, range(chunks), count)
 
 
 def _get_all(client: Any, keys: list[str], count: int) -> None:
@@ -214,16 +224,17 @@ def _in_turn(ways: Ways, repeat: int, *, after: Callable[[], object] = lambda: N
 
 def _print(title: str, mib: float, found: dict[tuple[int, int], Seconds]) -> None:
     ways = list(next(iter(found.values())))
-    bases = ways[2:]
+    bases = [way for way in ways if way in _BASES]
+    ours = [way for way in ways if way not in _BASES]
     columns = ["chunk MiB", "at a time", *(f"{way} MiB/s" for way in ways)]
-    columns += [f"{way} : {base}" for base in bases for way in ways[:2]]
+    columns += [f"{way} : {base}" for base in bases for way in ours]
     sys.stdout.write(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
     for (chunk, count), seconds in found.items():
         cells = [f"{chunk}", f"{count}", *(f"{mib / statistics.median(seconds[way]):,.0f}" for way in ways)]
         cells += [
             f"{statistics.median(b / s for b, s in zip(seconds[base], seconds[way], strict=True)):.2f}"
             for base in bases
-            for way in ways[:2]
+            for way in ours
         ]
         sys.stdout.write(f"| {' | '.join(cells)} |\n")
 
