@@ -7,7 +7,8 @@
 
 Chunks are full-width, uncompressed (float16 signatures do not compress) and at most 16 MiB, so a chunk is
 one contiguous object that is read with one request and checked against the CRC-32C in the completion
-record. A block without a record does not exist for readers. Rows stand in block order.
+record. A block without a record does not exist for readers. Rows stand in block order. (Chunk sizes, several at
+a time, zarr and clients are compared by `tests/benchmarks/storage.py`.)
 
 Two workers may compute the same block: every key is created exclusively and the record's checksums are
 taken of what is stored, so whoever wrote which chunk, the finished block is consistent. A block that is
