@@ -11,8 +11,8 @@ that is import time (`python -X importtime`, itself slower than without), and th
 Measured on 2 shared cores, the lower of two runs: `status` 2.7 s while it imported PyTorch, 1.3 s without; `lineage`
 4.1 and 1.0, `verify` 3.4 and 1.0, `gc` 3.1 and 0.9, `report` 3.6 and 1.5, `watch` 2.0 (Prefect) and 0.7. `plan` imports
 PyTorch, `models` transformers as well. At a load of 5, medians of 5: `--help` 0.49 s, `status` 1.50, `plan` 4.73 (its
-PyTorch is 1.9 of 3.1 s of imports), `models` 7.85; the demo's first block was indexed after 43.6 s, of which 28.2 passed before
-the flow began, 3.0 before the stage `index`, and 12.4 in it.
+PyTorch is 1.9 of 3.1 s of imports), `models` 7.85; the demo's first block was indexed after 43.6 s, 28.2 of them passed
+before the flow began, 3.0 before the stage `index`, and 12.4 in it.
 """
 
 from __future__ import annotations
