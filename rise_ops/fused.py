@@ -21,9 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from typing import Any, cast
 
 import numba
@@ -37,8 +34,6 @@ Int64Array = npt.NDArray[np.int64]
 
 _WIDE_GROUPS = 16
 _NARROW_GROUPS = 8
-_PART_ROWS = 16
-"""Positions for which it does not pay to ask another thread."""
 _FIRST = 32
 _LONGEST_PAUSE = 63
 """Positions for which the first look is left out, at most, where it has not been enough."""
@@ -73,9 +68,9 @@ def group_size(vocab_size: int, top_k: int) -> int:
 
 def sketch_residuals(
     scaled: Float32Array, targets: Int64Array, places: Int64Array, *, codes: npt.NDArray[np.int32],
-    projected: Float32Array, out_r: Float32Array, out_g: Float32Array, config: SketchConfig, threads: int,
+    projected: Float32Array, out_r: Float32Array, out_g: Float32Array, config: SketchConfig,
 ) -> None:  # fmt: skip
-    """Unit-length sketches of the residuals of some positions, by several threads.
+    """Unit-length sketches of the residuals of some positions. Other threads run meanwhile.
 
     Parameters
     ----------
@@ -92,31 +87,21 @@ def sketch_residuals(
     config
         Its `top_k`, `mass`, `min_support`, `adaptive_support` and `eps` are used.
     """
-    count, vocab = scaled.shape
+    vocab = scaled.shape[1]
     top_k = min(config.top_k, vocab)
-    settings = (group_size(vocab, top_k), top_k, config.mass, config.min_support, config.adaptive_support, config.eps)
-    arrays = (scaled, targets, places, codes, projected, out_r, out_g)
-    parts = max(1, min(threads, -(-count // _PART_ROWS)))
-    ends = [count * part // parts for part in range(parts + 1)]
-    if parts == 1:
-        _sketch_positions(*arrays, 0, count, *settings)
-        return
-    for future in [_pool(threads).submit(_sketch_positions, *arrays, *each, *settings) for each in pairwise(ends)]:
-        future.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="sketch")
+    _sketch_positions(
+        scaled, targets, places, codes, projected, out_r, out_g, group_size(vocab, top_k), top_k, config.mass,
+        config.min_support, config.adaptive_support, config.eps,
+    )  # fmt: skip
 
 
 @_compiled
 def _sketch_positions(
     scaled: Array, targets: Array, places: Array, codes: Array, projected: Array, out_r: Array, out_g: Array,
-    first: Scalar, last: Scalar, size: Scalar, top_k: Scalar, mass: Scalar, min_support: Scalar, adaptive: Scalar,
+    size: Scalar, top_k: Scalar, mass: Scalar, min_support: Scalar, adaptive: Scalar,
     eps: Scalar,
 ) -> None:  # fmt: skip
-    """`sketch_residuals` of positions `first` to `last`; `size`: columns of a group."""
+    """`sketch_residuals`; `size`: columns of a group."""
     vocab = scaled.shape[1]
     groups = -(-vocab // size)
     maxima = np.empty(groups, np.float32)
@@ -128,7 +113,7 @@ def _sketch_positions(
     few = adaptive and min_support <= _FIRST and top_k >= 2 * _FIRST
     skip = pause = 0
     shallow, deep = np.float32(4), np.float32(8)
-    for row in range(first, last):
+    for row in range(scaled.shape[0]):
         logits, target, place = scaled[row], targets[row], places[row]
         top = np.float32(np.nan)
         if _maxima(logits, groups, maxima):
@@ -253,9 +238,9 @@ def _sort(found: Array, count: Scalar, top: Scalar, floor: Scalar, ordered: Arra
     for bucket in range(_BUCKETS):
         starts[bucket + 1] += starts[bucket]
     for slot in range(count):
-        bucket = np.int32((top - values[slot]) * scale)
-        into[starts[bucket]], into_columns[starts[bucket]] = values[slot], columns[slot]
-        starts[bucket] += 1
+        here = np.int32((top - values[slot]) * scale)
+        into[starts[here]], into_columns[starts[here]] = values[slot], columns[slot]
+        starts[here] += 1
     for slot in range(1, count):  # what is left to do is inside the buckets
         value, column, place = into[slot], into_columns[slot], slot
         while place > 0 and into[place - 1] < value:

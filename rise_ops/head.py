@@ -19,6 +19,7 @@ are. Runs on the device of the unembedding: on a CPU support and sketches of a p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -28,10 +29,13 @@ from rise_ops.config import SketchConfig
 from rise_ops.errors import ModelError
 from rise_ops.sketch import SketchTables, column_codes
 from rise_ops.support import Residuals, residuals
+from rise_ops.threads import arithmetic_pool
 
 DEFAULT_LOGIT_BYTES = 64 * 2**20
 LOGIT_COPIES = 3
 """How often a slice of logits exists at once, at most: itself, its undecided rows, and the soft-cap or groups."""
+_SLICE_ROWS = 384
+"""Positions of a slice beyond which its logits only leave the caches of a CPU."""
 
 _FACTORS: dict[str, tuple[str, str]] = {"rh": ("r", "h"), "gh": ("g", "h"), "rg": ("r", "g")}
 
@@ -113,8 +117,9 @@ class ReadoutHead:
     @property
     def slice_rows(self) -> int:
         """Positions whose logits are computed at a time."""
-        copies = 1 if self._compiled else LOGIT_COPIES
-        return max(1, self.max_logit_bytes // (copies * 4 * self.vocab_size))
+        if self._compiled:  # by each of the threads
+            return max(1, min(_SLICE_ROWS, self.max_logit_bytes // (torch.get_num_threads() * 4 * self.vocab_size)))
+        return max(1, self.max_logit_bytes // (LOGIT_COPIES * 4 * self.vocab_size))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -236,10 +241,23 @@ class ReadoutHead:
         flat_ids = token_ids.reshape(-1).to(self.device, torch.int64)
         widths = self.tables.widths
         factors = {name: torch.zeros(batch * width, widths[name], device=self.device) for name in self._names}
-        rows = min(self.slice_rows, max(1, positions.numel()))
-        buffer = torch.empty(rows, self.vocab_size, device=self.device)
-        for part in positions.split(rows):
-            self._sketch_slice(flat_hidden[part], flat_ids[part + 1], part, factors=factors, buffer=buffer)
+        threads = torch.get_num_threads() if self._compiled else 1
+        rows = min(self.slice_rows, max(1, -(-positions.numel() // threads)))
+        parts = positions.split(rows)
+        buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+        for _ in range(min(threads, len(parts))):
+            buffers.put(torch.empty(rows, self.vocab_size, device=self.device))
+
+        @torch.inference_mode()
+        def sketch(part: torch.Tensor) -> None:
+            buffer = buffers.get()
+            try:
+                self._sketch_slice(flat_hidden[part], flat_ids[part + 1], part, factors=factors, buffer=buffer)
+            finally:
+                buffers.put(buffer)
+
+        for _ in map(sketch, parts) if buffers.qsize() == 1 else arithmetic_pool(threads).map(sketch, parts):
+            pass
         return {name: factor.view(batch, width, -1) for name, factor in factors.items()}
 
     def _sketch_slice(
@@ -289,7 +307,6 @@ class ReadoutHead:
             out_r=factors["r"].numpy() if "r" in factors else nothing,
             out_g=factors["g"].numpy() if "g" in factors else nothing,
             config=self.config,
-            threads=torch.get_num_threads(),
         )
 
     def _sketch_r(self, found: Residuals, targets: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,10 @@ from rise_ops.config import CurationConfig, LimitsConfig
 from rise_ops.errors import LimitError
 
 MIB = 2**20
-TILE_ROWS = 128
-"""Rows widened and multiplied at a time: fewer cost threads that wait for each other, more leave the cache."""
+TILE_ROWS = 176
+"""Rows that a thread multiplies at a time."""
+PANEL_COLUMNS = 2_048
+"""Columns of these that it widens at a time: with the queries' part they stay in its cache."""
 RRF_DEPTH = 10_000
 """Best rows of each query that reciprocal-rank fusion looks at."""
 RANK_BYTES = 160
@@ -33,6 +35,7 @@ FRESH_ROWS = 512
 UPLOAD_BYTES = 64 * MIB
 """Largest object that is written in one request, from memory."""
 
+_CHUNKS_AHEAD = 4
 _IDLE = 64 * MIB  # threads, allocators, code that is loaded on first use
 _CHUNK_BYTES = 16 * MIB
 _BLOCK_COPIES = 8  # a block's rows as Python strings of up to 4 bytes a sign, as Arrow columns, as a file
@@ -193,11 +196,11 @@ def value_memory(memory: int, *, queries: int, dim: int, aggregate: str, extreme
     """
     chunk = max(_CHUNK_BYTES, 2 * dim)
     kept = queries * ((RRF_DEPTH if aggregate == "rrf" else extremes) + extremes)
-    fixed = _IDLE + 12 * queries * dim + 6 * TILE_ROWS * dim + 40 * kept + 32 * MIB
-    tile = 24 * queries * TILE_ROWS
+    fixed = _IDLE + 12 * queries * dim + 40 * kept + 32 * MIB
+    tile = 28 * queries * TILE_ROWS
     _refuse("value", fixed + chunk + tile, memory, tasks, remedy="use fewer queries")
     rest = memory - fixed
-    chunks = 1 if rest < 3 * chunk else 2 if rest < 5 * chunk else 3
+    chunks = max(1, min(_CHUNKS_AHEAD, rest // (2 * chunk)))
     tiles = max(1, min(MAX_ROWS // TILE_ROWS, 8, (rest - chunks * chunk) // tile))
     need = fixed + chunks * chunk + tiles * tile
     text = f"{queries:,} queries of {dim:,}, {chunks} chunks of {_mib(chunk)} MiB, {tiles * TILE_ROWS:,} rows at a time"

@@ -1,20 +1,24 @@
 """One pass over an index: every row against every query.
 
 Influence of row x on query q is φ(x)·φ(q) with unit signatures. Blocks are read chunk by chunk, some chunks
-ahead of the arithmetic; a chunk is widened from float16 to float32 in small tiles that stay in cache, and
-one GEMM a tile scores all queries. Memory is a few chunks, `queries · dim` floats and the scores of a piece of a
-block, whatever the index's size (`rise_ops.memory.ScanMemory`).
+ahead of the arithmetic. Tiles of a chunk are scored by as many threads as PyTorch may use, each on its own: a thread
+widens a panel of PANEL_COLUMNS columns from float16 to float32, which stays in its cache, multiplies it with that
+part of the queries, and adds. Memory is a few chunks, `queries · dim` floats and the scores of a piece of a block,
+whatever the index's size (`rise_ops.memory.ScanMemory`).
 
-Tiles are the same whatever the memory, and ties are broken by position (block, then row), so results depend on
-neither.
+Tiles are the same whatever the memory and the threads, and ties are broken by position (block, then row), so results
+depend on none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import cycle, islice
 from typing import TypeVar
 
 import numpy as np
@@ -24,10 +28,10 @@ import torch
 from rise_ops.heap import steady_heap
 from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records
 from rise_ops.logs import each_block
-from rise_ops.memory import TILE_ROWS, ScanMemory
+from rise_ops.memory import PANEL_COLUMNS, TILE_ROWS, ScanMemory
 from rise_ops.progress import Progress, silent
 from rise_ops.store import Store
-from rise_ops.threads import ContextPool
+from rise_ops.threads import ContextPool, arithmetic_pool
 
 Float32Array = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -36,6 +40,7 @@ BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
 DEFAULT_MEMORY = ScanMemory(chunks=3, piece_rows=8 * TILE_ROWS)
 _MERGE_BYTES = 8 * 2**20
+_LEAST_AT_ONCE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +81,94 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
 def iter_pieces(store: Store, identity: str, records: Iterable[tuple[int, BlockRecord]], queries: Float32Array, *,
                 memory: ScanMemory = DEFAULT_MEMORY,
                 ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
-    """`iter_scores` of numbered records, with the signatures of each piece, [rows, dim] float16.
-
-    Records are asked for in the thread that reads ahead, so what they cost is hidden behind the arithmetic.
-    """
+    """`iter_scores` of numbered records, with the signatures of each piece, [rows, dim] float16, overwritten, too."""
     steady_heap()
+    # with memory for it, the next piece is scored while the caller looks at this one
+    ahead = 1 if memory.chunks >= _LEAST_AT_ONCE else 0
+    scores = cycle([np.empty((memory.piece_rows, len(queries)), dtype=np.float32) for _ in range(1 + ahead)])
+    pending: deque[tuple[_Piece, Float32Array, Callable[[], None]]] = deque()
     scorer = _Scorer(queries)
-    out = np.empty((memory.piece_rows, len(queries)), dtype=np.float32)
-    row, current = 0, 0
-    for number, chunk in read_ahead(_numbered_chunks(store, identity, records), memory.chunks):
-        row, current = (row if number == current else 0), number
-        for start in range(0, len(chunk), memory.piece_rows):
-            piece = out[: min(memory.piece_rows, len(chunk) - start)]
-            part = chunk[start : start + len(piece)]
-            scorer.score(part, out=piece)
-            yield number, row + start, piece, part
-        row += len(chunk)
-        del chunk, part  # or they would stay while the next ones are read
+    with closing(_Chunks(store, identity, memory.chunks, held=ahead)) as chunks:
+        for piece, buffer in zip(chunks.pieces(records, memory.piece_rows), scores, strict=False):
+            out = buffer[: len(piece.rows)]
+            pending.append((piece, out, scorer.start(piece.rows, out=out)))
+            if len(pending) > ahead:
+                yield from _finished(pending, chunks)
+        while pending:
+            yield from _finished(pending, chunks)
 
 
-def _numbered_chunks(store: Store, identity: str, records: Iterable[tuple[int, BlockRecord]],
-                     ) -> Iterator[tuple[int, Float16Array]]:  # fmt: skip
-    """Chunks with their record's number; none is held here."""
-    for number, record in records:
-        for chunk in range(-(-record.rows // record.chunk_rows)):
-            yield number, read_chunk(store, identity, record, chunk)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive rows of a block."""
+
+    number: int
+    """The record's."""
+    start: int
+    """First row, in the block."""
+    rows: Float16Array
+    room: Float16Array | None
+    """The chunk's memory, with its last piece."""
+
+
+def _finished(pending: deque[tuple[_Piece, Float32Array, Callable[[], None]]], chunks: _Chunks,
+              ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
+    """The first of the pieces that are scored, when it is."""
+    piece, scores, wait = pending.popleft()
+    wait()
+    yield piece.number, piece.start, scores, piece.rows
+    if piece.room is not None:
+        chunks.free(piece.room)
+
+
+class _Chunks:
+    """Chunks of an index, read ahead into memory that is used again: fresh memory is slower than a disk's cache.
+
+    Parameters
+    ----------
+    count
+        Chunks in memory at a time.
+    held
+        How many of these the caller still has when it asks for the next.
+    """
+
+    def __init__(self, store: Store, identity: str, count: int, *, held: int) -> None:
+        self._store, self._identity = store, identity
+        self._free = [np.empty(0, np.float16) for _ in range(count)]
+        self._at_once = count - held
+        self._pool = ContextPool(self._at_once)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def free(self, room: Float16Array) -> None:
+        """Give back a chunk's memory."""
+        self._free.append(room)
+
+    def pieces(self, records: Iterable[tuple[int, BlockRecord]], rows: int) -> Iterator[_Piece]:
+        """Pieces of numbered records' chunks in their order; the memory of each chunk has to be given back.
+
+        Records are asked for in a thread of their own, so what they cost is hidden behind the arithmetic.
+        """
+        items = (
+            (number, record, chunk, self._free.pop())
+            for number, record in read_ahead(records, 2)
+            for chunk in range(-(-record.rows // record.chunk_rows))
+        )
+        for number, first, chunk, room in self._pool.ahead(self._read, items, self._at_once):
+            for start in range(0, len(chunk), rows):
+                last = start + rows >= len(chunk)
+                yield _Piece(number, first + start, chunk[start : start + rows], room if last else None)
+
+    def _read(self, item: tuple[int, BlockRecord, int, Float16Array]) -> tuple[int, int, Float16Array, Float16Array]:
+        number, record, chunk, room = item
+        size = record.chunk_rows * record.dim
+        if room.size < size:
+            room = np.empty(size, np.float16)
+        into = room[:size].reshape(record.chunk_rows, record.dim)
+        found = read_chunk(self._store, self._identity, record, chunk, into=into)
+        return number, chunk * record.chunk_rows, found, room
 
 
 class _Scorer:
@@ -108,17 +176,27 @@ class _Scorer:
 
     def __init__(self, queries: Float32Array) -> None:
         self._queries = torch.from_numpy(np.ascontiguousarray(queries))
-        self._half = torch.empty((TILE_ROWS, queries.shape[1]), dtype=torch.float16)
-        self._tile = torch.empty((TILE_ROWS, queries.shape[1]), dtype=torch.float32)
+        self._own = threading.local()
+        self._pool = arithmetic_pool(torch.get_num_threads())
 
-    def score(self, chunk: Float16Array, *, out: Float32Array) -> None:
-        """`out[rows, queries] = chunk[rows, dim] @ queries[queries, dim].T` in float32."""
-        result = torch.from_numpy(out)
-        for start in range(0, len(chunk), TILE_ROWS):
-            rows = min(TILE_ROWS, len(chunk) - start)
-            np.copyto(self._half[:rows].numpy(), chunk[start : start + rows])  # torch takes no read-only memory
-            self._tile[:rows].copy_(self._half[:rows])
-            torch.matmul(self._tile[:rows], self._queries.T, out=result[start : start + rows])
+    def start(self, chunk: Float16Array, *, out: Float32Array) -> Callable[[], None]:
+        """Begin `out[rows, queries] = chunk[rows, dim] @ queries[queries, dim].T`, float32; call what comes to wait."""
+        tiles = zip(torch.from_numpy(chunk).split(TILE_ROWS), torch.from_numpy(out).split(TILE_ROWS), strict=True)
+        scored = [self._pool.submit(self._score_tile, *tile) for tile in tiles]
+
+        def wait() -> None:
+            for each in scored:
+                each.result()
+
+        return wait
+
+    def _score_tile(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        if not hasattr(self._own, "panel"):
+            self._own.panel = torch.empty(TILE_ROWS * PANEL_COLUMNS)
+        panels = zip(rows.split(PANEL_COLUMNS, dim=1), self._queries.split(PANEL_COLUMNS, dim=1), strict=True)
+        for number, (part, queries) in enumerate(panels):
+            wide = self._own.panel[: part.numel()].view(part.shape).copy_(part)
+            torch.addmm(out, wide, queries.T, beta=min(number, 1), out=out)
 
 
 def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries: Float32Array, *,

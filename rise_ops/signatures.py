@@ -45,7 +45,8 @@ ESTIMATOR_VERSION = 1
 _FLOOR = 1e-8
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Padded tokens beyond which a larger micro-batch gains nothing."""
-_MAX_LOGIT_BYTES = {"cpu": 48 * 2**20, "cuda": 2**30}
+_MAX_LOGIT_BYTES = {"cpu": 40 * 2**20, "cuda": 2**30}
+"""Beyond which larger slices gain nothing; on a CPU, of each thread."""
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -154,6 +155,7 @@ def plan_shape(
         )
     tokens = min(_MAX_TOKENS.get(device, _MAX_TOKENS["cuda"]), max(QUERY_TOKENS, batch // 2 // per_token))
     chunks = max(1, min(tokens // 2, (batch - tokens * per_token) // per_chunk))
+    logit_bytes = _MAX_LOGIT_BYTES["cpu"] * torch.get_num_threads() if device == "cpu" else _MAX_LOGIT_BYTES["cuda"]
     return MemoryPlan(
         memory=memory,
         weight_bytes=shape.parameters * dtype.itemsize,
@@ -161,7 +163,7 @@ def plan_shape(
         bytes_per_chunk=per_chunk,
         tokens=tokens,
         chunks=chunks,
-        logit_bytes=min(_MAX_LOGIT_BYTES.get(device, _MAX_LOGIT_BYTES["cuda"]), memory // 4),
+        logit_bytes=min(logit_bytes, memory // 4),
         pending_rows=max(1, memory // 4 // per_chunk),
     )
 

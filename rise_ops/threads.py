@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from functools import partial
+from functools import cache, partial
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -30,3 +31,23 @@ class ContextPool(ThreadPoolExecutor):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+@cache
+def arithmetic_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch computes with one thread each; they stay for later calls.
+
+    Where work can be split, several products at a time cost less than one by all threads: nobody waits for the others,
+    and none of PyTorch's own threads burns a core while it waits for the next product.
+    """
+    import torch
+
+    pool = ThreadPoolExecutor(
+        threads, thread_name_prefix="arithmetic", initializer=torch.set_num_threads, initargs=(1,)
+    )
+    all_there = threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(all_there.wait)
+    all_there.wait()
+    torch.set_num_threads(threads)  # their calls also counted for threads that start later
+    return pool
