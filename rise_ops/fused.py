@@ -3,7 +3,7 @@
 What `rise_ops.support` and the sketches of `rise_ops.head` compute with dozens of tensor operations, for one position
 after the other. The logits are looked at once, and from then on only where they are large:
 
-1. Columns are strided into groups of 16 or 8; their maxima are an elementwise maximum. A floor that k maxima reach is
+1. Columns are strided into groups of 8 to 32; their maxima are an elementwise maximum. A floor that k maxima reach is
    found by bisection: to count what reaches a number takes a few vector instructions. Every one of the k largest
    entries lies in a group that reaches the floor, and reaches it itself: the others are not looked at again.
 2. These candidates are sorted by distribution into buckets of equal width.
@@ -32,8 +32,6 @@ from rise_ops.config import SketchConfig
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
-_WIDE_GROUPS = 16
-_NARROW_GROUPS = 8
 _FIRST = 32
 _LONGEST_PAUSE = 63
 """Positions for which the first look is left out, at most, where it has not been enough."""
@@ -60,10 +58,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def group_size(vocab_size: int, top_k: int) -> int:
-    """Columns of a group: as many as leave some groups for each entry of the support."""
-    if vocab_size >= 8 * _WIDE_GROUPS * top_k:
-        return _WIDE_GROUPS
-    return _NARROW_GROUPS if vocab_size >= 2 * _NARROW_GROUPS * top_k else 1
+    """Columns of a group. The larger, the fewer maxima there are to look through, and the more columns of each group
+    that is chosen; by measurement (V 6,144 and 50,304, top_k 256)."""
+    for size, groups in ((32, 6), (16, 6), (8, 2)):
+        if vocab_size >= size * groups * top_k:
+            return size
+    return 1
 
 
 def sketch_residuals(
@@ -318,14 +318,14 @@ def _write(
     histogram[:] = 0
     others = np.float32(0)
     for slot in range(kept):
-        column, weight = columns[slot], weights[slot]
-        if column == target:
-            continue
-        others += weight
-        if histogram.shape[0]:
-            histogram[codes[column]] += weight
-        for place in range(out_g.shape[0]):
-            out_g[place] += weight * projected[column, place]
+        if columns[slot] == target:
+            weights[slot] = 0
+        others += weights[slot]
+    if histogram.shape[0]:
+        for slot in range(kept):
+            histogram[codes[columns[slot]]] += weights[slot]
+    if out_g.shape[0]:
+        _add_rows(out_g, projected, columns, weights, kept)
     # nothing beside the target: no residual, and maybe no weight, where it is far below the top
     scale = np.float32(1) / (others + own) if others > 0 else np.float32(0)
     if histogram.shape[0]:
@@ -339,6 +339,22 @@ def _write(
         for place in range(out_g.shape[0]):
             out_g[place] = (out_g[place] - others * projected[target, place]) * scale
         _to_unit(out_g, eps)
+
+
+@_compiled
+def _add_rows(into: Array, rows: Array, places: Array, weights: Array, count: Scalar) -> None:
+    """Add weighted rows, four at a time: each sum is written a quarter as often."""
+    whole = count - count % 4
+    for slot in range(0, whole, 4):
+        one, two, three, four = weights[slot], weights[slot + 1], weights[slot + 2], weights[slot + 3]
+        first, second = rows[places[slot]], rows[places[slot + 1]]
+        third, fourth = rows[places[slot + 2]], rows[places[slot + 3]]
+        for place in range(into.shape[0]):
+            into[place] += one * first[place] + two * second[place] + three * third[place] + four * fourth[place]
+    for slot in range(whole, count):
+        row = rows[places[slot]]
+        for place in range(into.shape[0]):
+            into[place] += weights[slot] * row[place]
 
 
 @_compiled
