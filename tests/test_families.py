@@ -97,9 +97,11 @@ def test_description_by_hand() -> None:
     found = describe(PRESETS["pythia-14m"], memory=2**33)
     assert found["weight_bytes"] == {"float32": 4 * 14_067_712, "bfloat16": 2 * 14_067_712}
     assert found["bytes_per_row"] == 49_152 and found["widths"]["dim"] == 24_576
-    # 4,096 tokens of 4·(10·128 + 3·512) + 4·(2·128 + 3·320) bytes; chunks and pending rows of 12·24,576; 48 MiB logits
+    # 4,096 tokens of 4·(10·128 + 3·512) + 4·(2·128 + 3·320) bytes; chunks and pending rows of 12·24,576; 40 MiB of
+    # logits for each thread
     token, chunk = 4 * (1_280 + 1_536) + 4 * (256 + 960), 12 * 24_576
-    assert found["working_bytes"]["float32"] == 4_096 * token + (2_048 + 2**31 // chunk) * chunk + 48 * 2**20
+    logits = 40 * 2**20 * torch.get_num_threads()
+    assert found["working_bytes"]["float32"] == 4_096 * token + (2_048 + 2**31 // chunk) * chunk + logits
 
 
 def test_a_name_stands_for_its_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
