@@ -121,10 +121,12 @@ def _may_differ(key: str) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["a block", "a chunk of signatures", "a target's signatures", "an object's places"])
 def test_a_run_that_meets_damage_mends_it_by_itself(config: CurationConfig, kind: str) -> None:
-    """Without `verify`: the scores are gone, so that the run has to read what is broken."""
+    """Without `verify`: scores and decisions are gone, so that the run has to read what is broken."""
     store = Store(config.store)
     before = _exported(store)
     shutil.rmtree(Path(store.uri, "scores"))
+    for decided in Path(store.uri).glob("runs/*/decisions.json"):
+        decided.unlink()
     paths = [path for path in Path(store.uri).glob(KINDS[kind]) if len(path.suffixes) < 2]
     shared = [path for path in paths if kind != "an object's places" or _is_pack(path)]
     _break(shared[0], "flipped" if kind != "an object's places" else "cut")  # only `verify` knows their checksum

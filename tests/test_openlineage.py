@@ -234,7 +234,7 @@ def test_a_failed_run_says_where_and_why_and_no_secret(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"refused {' '.join(SECRETS.values())} at https://me:planted-password@host/a")
 
-    monkeypatch.setattr("tasks.value.decide", fail)
+    monkeypatch.setattr("tasks.value.decide_once", fail)
     with pytest.raises(RuntimeError):
         curate(config)
     store = Store(config.store)

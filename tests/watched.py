@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rise_ops import session, trunk
+from rise_ops import trunk
 from rise_ops.config import CurationConfig
 from rise_ops.progress import Progress, silent
 from rise_ops.signatures import RowSignatures, Signer
@@ -51,7 +51,7 @@ def _watch() -> None:
         note("loads", "model")
         return load(*arguments)
 
-    vars(session)["load_trunk"] = loaded
+    vars(trunk)["load_trunk"] = loaded
     Signer.rows = counted  # type: ignore[method-assign]
     Signer.watched = True  # type: ignore[attr-defined]
 
