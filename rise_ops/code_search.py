@@ -33,7 +33,7 @@ from rise_ops.scan import BLOCK_SHIFT, Float32Array
 from rise_ops.search import Best, Found, Indices, Mask, Searched, Wanted, exact_scores
 from rise_ops.simhash import Codes, scale
 from rise_ops.store import Store
-from rise_ops.threads import ContextPool
+from rise_ops.threads import ContextPool, arithmetic_pool
 
 _ROW_MASK = (1 << BLOCK_SHIFT) - 1
 _ROWS_AT_ONCE = 64
@@ -164,12 +164,9 @@ def _scored(store: Store, identity: str, searched: Searched, config: SimHashConf
                 for start in range(0, len(rows), CODE_TILE_ROWS):
                     yield number, rows[start : start + CODE_TILE_ROWS], codes[rows[start : start + CODE_TILE_ROWS]]
 
-    try:
-        with (ContextPool(plan.blocks) as readers,
-              ContextPool(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers):  # fmt: skip
-            yield from workers.ahead(lambda tile: (*tile[:2], scorer.score(tile[2])), tiles(readers), threads + 1)
-    finally:
-        torch.set_num_threads(threads)  # each worker's call also counts for threads that start later
+    workers = arithmetic_pool(threads)
+    with ContextPool(plan.blocks) as readers:
+        yield from workers.ahead(lambda tile: (*tile[:2], scorer.score(tile[2])), tiles(readers), threads + 1)
 
 
 def _rescored(store: Store, identity: str, searched: Searched, rows: Indices, queries: Float32Array,

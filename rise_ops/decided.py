@@ -34,8 +34,6 @@ FORMAT_VERSION = 1
 LATEST = 20
 """Runs whose decisions are looked at, the latest first."""
 
-_RANGE_BYTES = 16 * 2**20
-
 Json = dict[str, Any]
 
 
@@ -135,10 +133,8 @@ def _taken_over(store: Store, earlier: str, record: Json, run_id: str) -> bool:
     with spool() as folder:
         path = folder / "decisions.parquet"
         try:
-            size = store.size(key) or 0
             with path.open("wb") as file:
-                for start in range(0, size, _RANGE_BYTES):
-                    piece = store.get_range(key, start, min(_RANGE_BYTES, size - start))
+                for piece in store.pieces(key):
                     checksum = crc32c(piece, checksum)
                     file.write(piece)
         except MissingObjectError:  # a collector was faster

@@ -34,7 +34,7 @@ class ContextPool(ThreadPoolExecutor):
 
 
 @cache
-def arithmetic_pool(threads: int) -> ThreadPoolExecutor:
+def arithmetic_pool(threads: int) -> ContextPool:
     """Threads in which PyTorch computes with one thread each; they stay for later calls.
 
     Where work can be split, several products at a time cost less than one by all threads: nobody waits for the others,
@@ -42,9 +42,7 @@ def arithmetic_pool(threads: int) -> ThreadPoolExecutor:
     """
     import torch
 
-    pool = ThreadPoolExecutor(
-        threads, thread_name_prefix="arithmetic", initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = ContextPool(threads, thread_name_prefix="arithmetic", initializer=torch.set_num_threads, initargs=(1,))
     all_there = threading.Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(all_there.wait)
