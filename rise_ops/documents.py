@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any
 
-import google_crc32c
+from awscrt.checksums import crc32c
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rise_ops.errors import DamagedError, IntegrityError
@@ -32,7 +32,7 @@ def sealed(value: Any) -> bytes:
     """A JSON object as it is stored: canonical, with the CRC-32C of the text without it as its last key, `checksum`."""
     text = canonical_json(value).encode()
     comma = b"" if text == b"{}" else b","
-    return b'%s%s"checksum":"crc32c:%08x"}\n' % (text[:-1], comma, google_crc32c.value(text))
+    return b'%s%s"checksum":"crc32c:%08x"}\n' % (text[:-1], comma, crc32c(text))
 
 
 def document(
@@ -93,7 +93,7 @@ def _unsealed(data: bytes, where: str) -> bytes:
     if found is None:
         return data
     text = data[: found.start()] + b"}"
-    if google_crc32c.value(text) != int(found[1], 16):
+    if crc32c(text) != int(found[1], 16):
         raise _damaged(where, "does not match its own checksum")
     return text
 

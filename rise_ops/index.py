@@ -18,7 +18,7 @@ damaged after its record was written is repaired by `write_block`; readers only 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -386,27 +386,44 @@ def iter_signatures(store: Store, identity: str, record: BlockRecord) -> Iterato
         yield read_chunk(store, identity, record, chunk)
 
 
-def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int, *,
-               into: Float16Array | None = None) -> Float16Array:  # fmt: skip
+def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> Float16Array:
     """The rows of one chunk, [chunk_rows or fewer, dim] float16, checked.
 
     Reads the stored object itself: uncompressed little-endian rows, which NumPy can use in place.
-
-    Parameters
-    ----------
-    into
-        [record.chunk_rows, record.dim], in one piece: where the rows are put. Else they come in fresh memory, which
-        takes longer than to read them from a disk's cache, and cannot be written to.
 
     Raises
     ------
     IntegrityError
         The chunk is missing or differs from its checksum.
     """
-    room = None if into is None else into.data.cast("B")
-    data = _read_checked(store, identity, record, f"signature/c/{chunk}/0", into=room)
+    data = _read_checked(store, identity, record, f"signature/c/{chunk}/0")
     rows = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
     return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
+
+
+def chunk_pieces(store: Store, identity: str, record: BlockRecord, chunk: int, *, into: Float16Array) -> Iterator[int]:
+    """Read a chunk of a store on a disk in small pieces: bytes read so far, whenever there are more.
+
+    What is there is not checked before the iterator has come to its end.
+
+    Parameters
+    ----------
+    into
+        [rows, record.dim], in one piece: where the rows are put, from its beginning again when it is full.
+
+    Raises
+    ------
+    IntegrityError
+        At the end: the chunk is missing or differs from its checksum.
+    """
+    key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
+    value = done = 0
+    with _named(store, key):
+        for piece in store.pieces(key, into=into.data.cast("B")):
+            value = crc32c(piece, value)
+            done += len(piece)
+            yield done
+    _refuse_other(store, key, value, record.crc32c.get(f"signature/c/{chunk}/0"))
 
 
 def read_rows(store: Store, identity: str, places: Sequence[tuple[BlockRecord, int]], *,
@@ -473,28 +490,36 @@ def _is_signature(data: Float16Array) -> bool:
     return abs(norm - 1) < _NORM_ERROR or norm == 0
 
 
-def _read_checked(store: Store, identity: str, record: BlockRecord, name: str, *,
-                  into: memoryview | None = None) -> memoryview:  # fmt: skip
+def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -> memoryview:
     """A stored object of a block, which must be what its record says."""
     key = f"indexes/{identity}/blocks/{record.block_id}.zarr/{name}"
-    return store.checked(key, lambda: _read_once(store, key, record.crc32c.get(name), into))
+    return store.checked(key, lambda: _read_once(store, key, record.crc32c.get(name)))
 
 
-def _read_once(store: Store, key: str, expected: int | None, into: memoryview | None) -> memoryview:
+def _read_once(store: Store, key: str, expected: int | None) -> memoryview:
+    with _named(store, key):
+        data = store.get_buffer(key)
+    _refuse_other(store, key, crc32c(data), expected)
+    return data
+
+
+@contextmanager
+def _named(store: Store, key: str) -> Iterator[None]:
     try:
-        data = store.get_buffer(key) if into is None else into
-        found = crc32c(data) if into is None else stored_crc32c(store, key, into=into)
+        yield
     except MissingObjectError:
         raise DamagedError(
             f"{store.url(key)} is missing; run `curate index` to compute it again", store.url(key)
         ) from None
+
+
+def _refuse_other(store: Store, key: str, found: int, expected: int | None) -> None:
     if found != expected:
         raise DamagedError(
             f"{store.url(key)} does not match the checksum in its block's record; `curate verify --deep` notes it, and "
             "the next run computes it again",
             store.url(key),
         )
-    return data
 
 
 def _is_whole(sizes: Mapping[str, int], prefix: str, rows: int, dim: int) -> bool:

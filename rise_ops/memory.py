@@ -74,7 +74,7 @@ class ScanMemory:
     chunks: int
     """Chunks in memory at a time."""
     piece_rows: int
-    """Rows whose scores are in memory at a time; a multiple of TILE_ROWS."""
+    """Rows whose scores are looked at at a time; a multiple of TILE_ROWS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,17 +187,17 @@ def sketch_memory(memory: int, *, dim: int, tasks: int = 1) -> tuple[StageMemory
 
 def value_memory(memory: int, *, queries: int, dim: int, aggregate: str, extremes: int = EXTREMES,
                  tasks: int = 1) -> ValueMemory:  # fmt: skip
-    """Plan for scoring: the queries, some chunks of the index, the scores of a piece, each query's extremes.
+    """Plan for scoring: the queries, some chunks of the index and their scores, copies of a piece's scores, extremes.
 
     Raises
     ------
     LimitError
         So many queries do not fit.
     """
-    chunk = max(_CHUNK_BYTES, 2 * dim)
+    chunk = max(_CHUNK_BYTES, 2 * dim) + 4 * queries * min(MAX_ROWS, -(-_CHUNK_BYTES // (2 * dim)))
     kept = queries * ((RRF_DEPTH if aggregate == "rrf" else extremes) + extremes)
     fixed = _IDLE + 12 * queries * dim + 40 * kept + 32 * MIB
-    tile = 28 * queries * TILE_ROWS
+    tile = 20 * queries * TILE_ROWS
     _refuse("value", fixed + chunk + tile, memory, tasks, remedy="use fewer queries")
     rest = memory - fixed
     chunks = max(1, min(_CHUNKS_AHEAD, rest // (2 * chunk)))

@@ -1,10 +1,10 @@
 """One pass over an index: every row against every query.
 
-Influence of row x on query q is φ(x)·φ(q) with unit signatures. Blocks are read chunk by chunk, some chunks
-ahead of the arithmetic. Tiles of a chunk are scored by as many threads as PyTorch may use, each on its own: a thread
-widens a panel of PANEL_COLUMNS columns from float16 to float32, which stays in its cache, multiplies it with that
-part of the queries, and adds. Memory is a few chunks, `queries · dim` floats and the scores of a piece of a block,
-whatever the index's size (`rise_ops.memory.ScanMemory`).
+Influence of row x on query q is φ(x)·φ(q) with unit signatures. As many threads as PyTorch may use take a chunk each:
+a thread reads a piece, takes its checksum, and scores a tile of rows as soon as it is there, so that a row is fetched
+from memory once. Rows are widened to float32 in the registers (`rise_ops.products`), or, where BLAS is faster, in
+panels of PANEL_COLUMNS columns, which stay in the cache and are multiplied with that part of the queries. Memory is a
+few chunks with their scores and `queries · dim` floats, whatever the index's size (`rise_ops.memory.ScanMemory`).
 
 Tiles are the same whatever the memory and the threads, and ties are broken by position (block, then row), so results
 depend on none of them.
@@ -13,20 +13,18 @@ depend on none of them.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import cycle, islice
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from rise_ops.heap import steady_heap
-from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records
+from rise_ops.index import BlockRecord, Float16Array, chunk_pieces, read_chunk, read_counts, read_records
 from rise_ops.logs import each_block
 from rise_ops.memory import PANEL_COLUMNS, TILE_ROWS, ScanMemory
 from rise_ops.progress import Progress, silent
@@ -40,7 +38,7 @@ BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
 DEFAULT_MEMORY = ScanMemory(chunks=3, piece_rows=8 * TILE_ROWS)
 _MERGE_BYTES = 8 * 2**20
-_LEAST_AT_ONCE = 3
+_TILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +65,15 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     queries
         Unit signatures of the queries, [queries, dim].
     memory
-        How much is read ahead and scored at a time. The scores are overwritten by those of the next piece.
+        How much is read ahead and looked at at a time. The scores are overwritten by those of later pieces.
 
     Raises
     ------
     IntegrityError
         A stored chunk is missing or damaged.
     """
-    for number, start, scores, _ in iter_pieces(store, identity, enumerate(records), queries, memory=memory):
+    scan = _Scan(store, identity, queries, memory=memory, keep_rows=False)
+    for number, start, scores, _ in scan.pieces(enumerate(records)):
         yield number, start, scores
 
 
@@ -82,121 +81,119 @@ def iter_pieces(store: Store, identity: str, records: Iterable[tuple[int, BlockR
                 memory: ScanMemory = DEFAULT_MEMORY,
                 ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
     """`iter_scores` of numbered records, with the signatures of each piece, [rows, dim] float16, overwritten, too."""
-    steady_heap()
-    # with memory for it, the next piece is scored while the caller looks at this one
-    ahead = 1 if memory.chunks >= _LEAST_AT_ONCE else 0
-    scores = cycle([np.empty((memory.piece_rows, len(queries)), dtype=np.float32) for _ in range(1 + ahead)])
-    pending: deque[tuple[_Piece, Float32Array, Callable[[], None]]] = deque()
-    scorer = _Scorer(queries)
-    with closing(_Chunks(store, identity, memory.chunks, held=ahead)) as chunks:
-        for piece, buffer in zip(chunks.pieces(records, memory.piece_rows), scores, strict=False):
-            out = buffer[: len(piece.rows)]
-            pending.append((piece, out, scorer.start(piece.rows, out=out)))
-            if len(pending) > ahead:
-                yield from _finished(pending, chunks)
-        while pending:
-            yield from _finished(pending, chunks)
+    yield from _Scan(store, identity, queries, memory=memory, keep_rows=True).pieces(records)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Consecutive rows of a block."""
+class _Room:
+    """Memory that is used again: fresh memory is slower than a disk's cache."""
 
-    number: int
-    """The record's."""
-    start: int
-    """First row, in the block."""
-    rows: Float16Array
-    room: Float16Array | None
-    """The chunk's memory, with its last piece."""
+    def __init__(self, dtype: type[np.floating[Any]]) -> None:
+        self._values: npt.NDArray[Any] = np.empty(0, dtype)
 
-
-def _finished(pending: deque[tuple[_Piece, Float32Array, Callable[[], None]]], chunks: _Chunks,
-              ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
-    """The first of the pieces that are scored, when it is."""
-    piece, scores, wait = pending.popleft()
-    wait()
-    yield piece.number, piece.start, scores, piece.rows
-    if piece.room is not None:
-        chunks.free(piece.room)
+    def of(self, rows: int, columns: int) -> npt.NDArray[Any]:
+        """[rows, columns]; what is there is left of the last use."""
+        if self._values.size < rows * columns:
+            self._values = np.empty(rows * columns, self._values.dtype)
+        return self._values[: rows * columns].reshape(rows, columns)
 
 
-class _Chunks:
-    """Chunks of an index, read ahead into memory that is used again: fresh memory is slower than a disk's cache.
+class _Scan:
+    """Threads that read, check and score a chunk each.
+
+    From a disk a chunk comes in small pieces, and a tile is scored as soon as its last piece is there, all of it in the
+    processor's caches; unless the rows are wanted, the next tile overwrites it. Over a network a chunk comes whole.
 
     Parameters
     ----------
-    count
-        Chunks in memory at a time.
-    held
-        How many of these the caller still has when it asks for the next.
+    keep_rows
+        Whether signatures are wanted, not scores alone.
     """
 
-    def __init__(self, store: Store, identity: str, count: int, *, held: int) -> None:
+    def __init__(self, store: Store, identity: str, queries: Float32Array, *, memory: ScanMemory, keep_rows: bool,
+                 ) -> None:  # fmt: skip
         self._store, self._identity = store, identity
-        self._free = [np.empty(0, np.float16) for _ in range(count)]
-        self._at_once = count - held
-        self._pool = ContextPool(self._at_once)
+        self._scorer = _Scorer(queries)
+        self._piece_rows, self._at_once = memory.piece_rows, memory.chunks
+        self._keep_rows, self._own = keep_rows, threading.local()
+        self._rooms = [(_Room(np.float16), _Room(np.float32)) for _ in range(memory.chunks)]
+        # requests wait for the network, not for a core
+        self._pool = arithmetic_pool(torch.get_num_threads() if store.is_local else memory.chunks)
 
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
-
-    def free(self, room: Float16Array) -> None:
-        """Give back a chunk's memory."""
-        self._free.append(room)
-
-    def pieces(self, records: Iterable[tuple[int, BlockRecord]], rows: int) -> Iterator[_Piece]:
-        """Pieces of numbered records' chunks in their order; the memory of each chunk has to be given back.
+    def pieces(self, records: Iterable[tuple[int, BlockRecord]],
+               ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
+        """Pieces of numbered records, in their order: number, first row, scores, and rows where these are kept.
 
         Records are asked for in a thread of their own, so what they cost is hidden behind the arithmetic.
         """
+        steady_heap()
         items = (
-            (number, record, chunk, self._free.pop())
+            (number, record, chunk, self._rooms.pop())
             for number, record in read_ahead(records, 2)
             for chunk in range(-(-record.rows // record.chunk_rows))
         )
-        for number, first, chunk, room in self._pool.ahead(self._read, items, self._at_once):
-            for start in range(0, len(chunk), rows):
-                last = start + rows >= len(chunk)
-                yield _Piece(number, first + start, chunk[start : start + rows], room if last else None)
+        for number, first, scores, rows, rooms in self._pool.ahead(self._chunk, items, self._at_once):
+            for start in range(0, len(scores), self._piece_rows):
+                piece = slice(start, start + self._piece_rows)
+                yield number, first + start, scores[piece], rows[piece]
+            self._rooms.append(rooms)
 
-    def _read(self, item: tuple[int, BlockRecord, int, Float16Array]) -> tuple[int, int, Float16Array, Float16Array]:
-        number, record, chunk, room = item
-        size = record.chunk_rows * record.dim
-        if room.size < size:
-            room = np.empty(size, np.float16)
-        into = room[:size].reshape(record.chunk_rows, record.dim)
-        found = read_chunk(self._store, self._identity, record, chunk, into=into)
-        return number, chunk * record.chunk_rows, found, room
+    def _chunk(self, item: tuple[int, BlockRecord, int, tuple[_Room, _Room]],
+               ) -> tuple[int, int, Float32Array, Float16Array, tuple[_Room, _Room]]:  # fmt: skip
+        number, record, chunk, rooms = item
+        count = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
+        scores = rooms[1].of(count, len(self._scorer.queries))
+        if self._store.is_local:
+            rows = self._from_disk(record, chunk, scores, rooms[0])
+        else:
+            rows = read_chunk(self._store, self._identity, record, chunk)
+            for tile in self._scorer.tiles(rows.shape):
+                self._scorer.score(rows[tile], out=scores[tile])
+        return number, chunk * record.chunk_rows, scores, rows, rooms
+
+    def _from_disk(self, record: BlockRecord, chunk: int, scores: Float32Array, room: _Room) -> Float16Array:
+        tiles = self._scorer.tiles((len(scores), record.dim))
+        if not self._keep_rows:
+            room = self._own.__dict__.setdefault("room", _Room(np.float16))
+        held = record.chunk_rows if self._keep_rows else tiles[0].stop
+        into = room.of(held, record.dim)
+        number = 0
+        for done in chunk_pieces(self._store, self._identity, record, chunk, into=into):
+            while number < len(tiles) and done >= 2 * record.dim * tiles[number].stop:
+                tile = tiles[number]
+                at = tile.start % held
+                self._scorer.score(into[at : at + tile.stop - tile.start], out=scores[tile])
+                number += 1
+        return into[: len(scores)]
 
 
 class _Scorer:
-    """Scores of chunks against the same queries, in buffers that are used again: fresh memory is slow."""
+    """Scores of tiles against the same queries, as this processor is fastest."""
 
     def __init__(self, queries: Float32Array) -> None:
-        self._queries = torch.from_numpy(np.ascontiguousarray(queries))
+        from rise_ops import products
+
+        self.queries = np.ascontiguousarray(queries)
         self._own = threading.local()
-        self._pool = arithmetic_pool(torch.get_num_threads())
+        self._inner = products.inner_products if products.are_faster(len(queries)) else None
 
-    def start(self, chunk: Float16Array, *, out: Float32Array) -> Callable[[], None]:
-        """Begin `out[rows, queries] = chunk[rows, dim] @ queries[queries, dim].T`, float32; call what comes to wait."""
-        tiles = zip(torch.from_numpy(chunk).split(TILE_ROWS), torch.from_numpy(out).split(TILE_ROWS), strict=True)
-        scored = [self._pool.submit(self._score_tile, *tile) for tile in tiles]
+    def tiles(self, shape: tuple[int, ...]) -> list[slice]:
+        """Rows of rows [rows, dim] that are scored at a time."""
+        rows, dim = shape
+        tile = TILE_ROWS if self._inner is None else min(TILE_ROWS, max(4, _TILE_BYTES // (8 * dim) * 4))
+        return [slice(start, min(start + tile, rows)) for start in range(0, rows, tile)]
 
-        def wait() -> None:
-            for each in scored:
-                each.result()
-
-        return wait
-
-    def _score_tile(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+    def score(self, rows: Float16Array, *, out: Float32Array) -> None:
+        """`out[rows, queries] = rows[rows, dim] @ queries[queries, dim].T`, float32, for the rows of a tile."""
+        if self._inner is not None:
+            self._inner(rows, self.queries, out)
+            return
         if not hasattr(self._own, "panel"):
             self._own.panel = torch.empty(TILE_ROWS * PANEL_COLUMNS)
-        panels = zip(rows.split(PANEL_COLUMNS, dim=1), self._queries.split(PANEL_COLUMNS, dim=1), strict=True)
-        for number, (part, queries) in enumerate(panels):
+        tile, product = torch.from_numpy(rows), torch.from_numpy(out)
+        parts = torch.from_numpy(self.queries).split(PANEL_COLUMNS, dim=1)
+        for number, (part, queries) in enumerate(zip(tile.split(PANEL_COLUMNS, dim=1), parts, strict=True)):
             wide = self._own.panel[: part.numel()].view(part.shape).copy_(part)
-            torch.addmm(out, wide, queries.T, beta=min(number, 1), out=out)
+            torch.addmm(product, wide, queries.T, beta=min(number, 1), out=product)
 
 
 def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries: Float32Array, *,

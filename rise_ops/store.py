@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 _MULTIPART_BYTES = 64 * 2**20
-_PIECE_BYTES = 2**18
+_PIECE_BYTES = 2**20
 _RANGE_BYTES = 16 * 2**20
 
 T = TypeVar("T")
@@ -156,7 +156,7 @@ class Store:
         Parameters
         ----------
         into
-            Where the bytes are put; what finds no room there is still among the pieces.
+            Where the bytes of a local file are put, from its beginning again when it is full.
 
         Raises
         ------
@@ -165,29 +165,22 @@ class Store:
         if self.is_local:
             yield from self._local_pieces(key, into)
             return
-        if into is None and size is None:
+        if size is None:
             size = self.size(key)
-        if into is not None or not size or size <= _RANGE_BYTES:
-            data = self.get_buffer(key, size=size or None)
-            if into is not None and len(data) <= len(into):
-                into[: len(data)] = data
-            yield data
+        if not size or size <= _RANGE_BYTES:
+            yield self.get_buffer(key, size=size or None)
             return
         for start in range(0, size, _RANGE_BYTES):
             yield self.get_range(key, start, min(_RANGE_BYTES, size - start))
 
     def _local_pieces(self, key: str, into: memoryview | None) -> Iterator[memoryview]:
-        own, done = memoryview(bytearray(_PIECE_BYTES)), 0
+        room, at = into or memoryview(bytearray(_PIECE_BYTES)), 0
         count("requests")
         with named_errors(self, key), open(self.url(key), "rb", buffering=0) as file:
-            while True:
-                room = own if into is None or done >= len(into) else into[done : done + _PIECE_BYTES]
-                length = file.readinto(room)
-                if not length:
-                    return
-                done += length
+            while length := file.readinto(piece := room[at : at + _PIECE_BYTES]):
                 count("store_read_bytes", length)
-                yield room[:length]
+                yield piece[:length]
+                at = (at + length) % len(room)
 
     def get_range(self, key: str, start: int, length: int) -> memoryview:
         """Some bytes of an object; else like `get`."""

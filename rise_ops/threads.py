@@ -42,10 +42,11 @@ def arithmetic_pool(threads: int) -> ContextPool:
     """
     import torch
 
+    own = torch.get_num_threads()
     pool = ContextPool(threads, thread_name_prefix="arithmetic", initializer=torch.set_num_threads, initargs=(1,))
     all_there = threading.Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(all_there.wait)
     all_there.wait()
-    torch.set_num_threads(threads)  # their calls also counted for threads that start later
+    torch.set_num_threads(own)  # their calls also counted for threads that start later
     return pool

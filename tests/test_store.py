@@ -60,8 +60,9 @@ def test_an_object_is_read_in_pieces(store: Store, size: int, monkeypatch: pytes
     store.create("a/b", data)
     assert b"".join(bytes(piece) for piece in store.pieces("a/b")) == data
     assert b"".join(bytes(piece) for piece in store.pieces("a/b", size=size)) == data
-    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer))) == data == buffer
-    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer)[1:])) == data
+    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer))) == data
+    assert buffer == data or not store.is_local
+    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer)[: size // 3])) == data
     assert stored_crc32c(store, "a/b") == google_crc32c.value(data)
     with pytest.raises(MissingObjectError):
         stored_crc32c(store, "a/c")
