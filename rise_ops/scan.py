@@ -38,7 +38,7 @@ BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
 DEFAULT_MEMORY = ScanMemory(chunks=3, piece_rows=8 * TILE_ROWS)
 _MERGE_BYTES = 8 * 2**20
-_TILE_BYTES = 2**20
+_TILE_BYTES = 2**21
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@
 
 Random unit signatures are stored as an index is. In turn are timed
 
-    read   the same objects with nothing done to them: from disk into buffers that are used again, by as many threads
-           as there are cores; from S3 (a server on loopback, `--s3`) by the same client, 8 requests at a time
+    read   the same objects with nothing done to them: from disk in pieces of 1 MiB, into buffers that are used again
+           (whole chunks take twice as long: they leave the caches), by as many threads as there are cores; from S3
+           (a server on loopback, `--s3`) by the same client, 8 requests at a time
     gemm   float32 rows [1024, dim], which are in memory, times the queries, as often as the index has such rows
     scan   `rise_ops.scan.iter_scores`: read, checked and multiplied. Its pieces stay in the caches, which is why it can
-           be faster than either: the bare product takes rows that are float32 already, twice the bytes
+           be faster than the bare product, which takes rows that are float32 already, twice the bytes
 
 Ratio: scan over the larger of the two bounds, run by run; the median is the figure. Files are in the page cache.
 """
@@ -44,6 +45,7 @@ GIB = 2**30
 _BLOCK_ROWS = 2_048
 _GEMM_ROWS = 1_024
 _REQUESTS = 8
+_PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Bench:
     def read(self) -> None:
         """All bytes of all signatures."""
         threads = (os.cpu_count() or 1) if self.store.is_local else _REQUESTS
-        buffers = [bytearray(max(self.sizes.values())) for _ in range(threads)]
+        buffers = [bytearray(_PIECE_BYTES) for _ in range(threads)]
         mine = [list(self.sizes)[number::threads] for number in range(threads)]
 
         def some(number: int) -> None:
@@ -94,7 +96,8 @@ class Bench:
                     self.store.get_buffer(key)
                     continue
                 with open(self.store.url(key), "rb", buffering=0) as file:
-                    file.readinto(buffers[number])
+                    while file.readinto(buffers[number]):
+                        pass
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(some, range(threads)))
