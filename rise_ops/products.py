@@ -35,11 +35,17 @@ def are_faster(queries: int) -> bool:
     return "widens" in features and ("wide" not in features or queries <= _FEW_QUERIES)
 
 
+def multiplies_int8() -> bool:
+    """Whether this processor has the instructions that PyTorch multiplies integers of 8 bits with."""
+    return "int8" in _features()
+
+
 @lru_cache(1)
 def _features() -> frozenset[str]:
     found = binding.get_host_cpu_features()
     widens = found.get("f16c") or binding.get_process_triple().startswith("aarch64")
-    return frozenset(name for name, there in (("widens", widens), ("wide", found.get("avx512f"))) if there)
+    there = {"widens": widens, "wide": found.get("avx512f"), "int8": found.get("avx512vnni")}
+    return frozenset(name for name, is_there in there.items() if is_there)
 
 
 def inner_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float32], out: npt.NDArray[np.float32],

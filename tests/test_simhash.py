@@ -7,6 +7,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from rise_ops import code_search
+from rise_ops.code_search import CodeScorer
 from rise_ops.errors import IntegrityError
 from rise_ops.simhash import SimHash, hadamard, scale, standard_error
 
@@ -90,3 +92,18 @@ def test_damaged_parameters_are_refused(damage: str) -> None:
         data = SimHash(simhash.signs[:, :1], simhash.picks, 640).to_bytes()
     with pytest.raises(IntegrityError, match=r"here holds parameters|here does not hold"):
         SimHash.from_bytes(data, where="here")
+
+
+@pytest.mark.parametrize("rows", [1, 31, 500])
+def test_products_in_float_are_those_of_integers(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(rows)
+    codes = generator.integers(0, 256, (rows, 1_024 // 8), dtype=np.uint8)
+    queries = generator.standard_normal((3, 1_024), dtype=np.float32)
+    found = []
+    for has_int8 in (True, False):
+        monkeypatch.setattr(code_search, "multiplies_int8", lambda there=has_int8: there)
+        found.append(CodeScorer(queries).score(codes))
+    np.testing.assert_array_equal(*found)
+    signs = np.unpackbits(codes, axis=1).astype(np.float64) * 2 - 1
+    rounding = np.abs(queries).max(axis=1) / 254 * np.sqrt(1_024) * 5
+    assert (np.abs(found[0] / scale(1_024) - signs @ queries.T) < rounding).all()
