@@ -412,6 +412,7 @@ def models(
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Random tokens that are measured.")] = 16_384,
     memory: Annotated[str, typer.Option(help="Working memory beside the weights.")] = "8GiB",
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU, to tell how many are needed.")] = "141GB",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     json_: AsJson = False,
@@ -425,7 +426,8 @@ def models(
     allowed = _size(memory)
     chosen = list(PRESETS.values()) if name is None else [find_preset(name)]
     if not measure:
-        found = [describe(each, memory=allowed) for each in chosen]
+        size = _size(gpu_memory, option="--gpu-memory")
+        found = [describe(each, memory=allowed, gpu_memory=size) for each in chosen]
         _emit(found, json_, lambda: show_models(found))
         return
     if name is None:
@@ -650,14 +652,14 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _size(text: str) -> int:
+def _size(text: str, *, option: str = "--memory") -> int:
     """Bytes of an amount such as 8GiB."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
-        raise ConfigError(f"--memory {text}: write an amount of memory, such as 8GiB or 512MiB") from None
+        raise ConfigError(f"{option} {text}: write an amount of memory, such as 8GiB or 512MiB") from None
 
 
 def _emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:

@@ -135,6 +135,10 @@ def show_plan(config: Any, plan: Json) -> None:
     table.add_row("peak memory", f"{plan['peak_memory_bytes'] / 2**20:,.0f} MiB")
     for stage in plan["memory"].values():
         table.add_row("", stage["text"])
+    if plan["model"]:
+        table.add_row("model", plain(plan["model"]["text"], width=400))
+        if plan["model"]["problem"]:
+            table.add_row("", plain(plan["model"]["problem"], width=400), style="bold red")
     seconds = plan["sketch_seconds"]
     table.add_row(
         "time to sketch", f"about {seconds:,.0f} s" if seconds is not None else plan["sketch_seconds_unknown"]
@@ -323,10 +327,21 @@ def _show_model(found: Json) -> None:
     table.add_row("vocabulary, positions", f"{found['vocab_size']:,}, {found['max_positions']:,}")
     table.add_row("weights in bfloat16 / float32", f"{_both(found['weight_bytes'], 2**30)} GiB")
     table.add_row("to work with on CUDA / a CPU", f"{_both(found['working_bytes'], 2**30)} GiB")
+    for kind, each in found["on_gpus"].items():
+        table.add_row(f"{kind} on GPUs of {found['gpu_memory'] / 1e9:,.0f} GB", _on_gpus(each))
     for name, each in (("recommended", found["widths"]), ("lean", found["lean"])):
         told = f"{_widths(each)}, weights {each['weight_rh']:g}/{each['weight_gh']:g}, {2 * each['dim']:,} bytes a row"
         table.add_row(f"{name} sketch r/h/g", f"{told}: {each['why']}")
     _OUT.print(table)
+
+
+def _on_gpus(found: Json | None) -> str:
+    if found is None:
+        return "does not fit on 16"
+    weights, working = found["weight_bytes"] / 2**30, found["working_bytes"] / 2**30
+    each = "1" if found["gpus"] == 1 else f"{found['gpus']}, on each"
+    at_once = f"{found['tokens']:,} tokens at a time"
+    return f"{each}: {weights:,.2f} GiB of weights, {working:,.2f} GiB to work with, {at_once}"
 
 
 def _both(sizes: Json, unit: float) -> str:

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ByteSize,
     Field,
@@ -26,9 +25,10 @@ from pydantic import (
 
 from rise_ops.compare_config import ClosedLoopConfig, CompareConfig, ZerothOrderMethod
 from rise_ops.config_base import FieldMap as FieldMap
-from rise_ops.config_base import Section, Url, no_url
+from rise_ops.config_base import Section, Url
 from rise_ops.config_base import TargetConfig as TargetConfig
 from rise_ops.errors import ConfigError
+from rise_ops.model_config import ModelConfig as ModelConfig
 
 Channel = Literal["rh", "gh", "rg"]
 
@@ -81,18 +81,6 @@ class CorpusConfig(Section):
     @classmethod
     def _one_is_enough(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
-
-
-class ModelConfig(Section):
-    """A Hugging Face causal language model."""
-
-    name: Annotated[str, AfterValidator(no_url)] = Field(min_length=1, description="Hub name or folder.")
-    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on CPU, the checkpoint's own on CUDA."
-    )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off unless asked.")
 
 
 class KeepConfig(Section):
@@ -361,6 +349,16 @@ class CurationConfig(Section):
             if each.target is not None and each.target not in self.targets:
                 hint = _nearest(each.target, self.targets)
                 raise ValueError(f"selection.exclude names '{each.target}', which is not a target{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _training_needs_the_plain_model(self) -> CurationConfig:
+        model = self.model
+        if self.closed_loop is not None and (model.device_map or model.quantization or not model.in_one_process):
+            raise ValueError(
+                "'closed_loop' trains the model in one process on one device; leave out model.device_map, "
+                "quantization, tensor_parallel and backend"
+            )
         return self
 
     @property

@@ -58,6 +58,9 @@ _PYTHIA_1B = Widths(128, 128, 64, 1.0, 0.3, _PAPER)
 MIDDLE = Widths(48, 64, 16, 0.7, 1.0, "the paper's for OLMo-3-32B")
 """8 KiB a row."""
 _OLMO_2_32B = Widths(48, 64, 16, 0.7, 1.0, "the paper's for OLMo-3-32B, which is as wide; not tried")
+GPU_MEMORY = 141 * 10**9
+"""Of an H200."""
+GPU_KINDS = ("bfloat16", "int8", "nf4")
 LEAN = Widths(16, 8, 28, 1.0, 0.3, "the storage that the paper holds against RapidIn's")
 """For any model, where the index must be small."""
 
@@ -202,8 +205,10 @@ class NumberTokenizer:
         return str(token)
 
 
-def describe(preset: Preset, *, memory: int) -> Json:
-    """What `curate models` says of a preset, with the memory of its sketch in float32 on a CPU and bfloat16 on CUDA."""
+def describe(preset: Preset, *, memory: int, gpu_memory: int = GPU_MEMORY) -> Json:
+    """What `curate models` says of a preset: the memory of its sketch in float32 on a CPU and bfloat16 on CUDA, and on
+    how many GPUs of a size it fits.
+    """
     shape, sketch = preset.shape(), preset.widths.sketch
     plans = {dtype: preset.plan(memory=memory, dtype=dtype, device=device)
              for dtype, device in (("float32", "cpu"), ("bfloat16", "cuda"))}  # fmt: skip
@@ -217,10 +222,55 @@ def describe(preset: Preset, *, memory: int) -> Json:
         "max_positions": shape.max_positions,
         "weight_bytes": {dtype: plan.weight_bytes for dtype, plan in plans.items()},
         "working_bytes": {dtype: plan.peak_bytes - plan.weight_bytes for dtype, plan in plans.items()},
+        "gpu_memory": gpu_memory,
+        "on_gpus": {kind: on_gpus(preset, kind, memory=memory, gpu_memory=gpu_memory) for kind in GPU_KINDS},
         "widths": {**asdict(preset.widths), "dim": sketch.dim},
         "bytes_per_row": 2 * sketch.dim,
         "lean": {**asdict(LEAN), "dim": LEAN.sketch.dim},
     }
+
+
+def on_gpus(preset: Preset, kind: str, *, memory: int, gpu_memory: int) -> Json | None:
+    """The fewest GPUs, a power of two, on which a preset fits, and what is on each of them; None beyond 16.
+
+    On several, each holds an equal part of the weights and one the LM head once more, as with `model.tensor_parallel`.
+
+    Parameters
+    ----------
+    kind
+        `bfloat16`, or a `model.quantization` with the other weights in bfloat16.
+    memory
+        Working memory that is wanted.
+    gpu_memory
+        Bytes of one GPU, of which nine tenths are planned with.
+    """
+    import torch
+
+    from rise_ops.placement import USABLE
+    from rise_ops.signatures import plan_shape
+
+    total, head = _weight_bytes(preset, kind), 2 * preset.vocab_size * preset.hidden_dim
+    for count in (1, 2, 4, 8, 16):
+        weights = total if count == 1 else -(-total // count) + head
+        room = min(memory, int(USABLE * gpu_memory) - weights)
+        try:
+            plan = plan_shape(preset.shape(), preset.widths.sketch, dtype=torch.bfloat16, device="cuda", memory=room,
+                              name=preset.name)  # fmt: skip
+        except LimitError:
+            continue
+        working = plan.peak_bytes - plan.weight_bytes
+        return {"gpus": count, "weight_bytes": weights, "working_bytes": working, "tokens": plan.tokens}
+    return None
+
+
+@lru_cache(64)
+def _weight_bytes(preset: Preset, kind: str) -> int:
+    import torch
+
+    from rise_ops.model_shape import empty_model
+    from rise_ops.placement import BITS, parameter_bytes
+
+    return sum(parameter_bytes(empty_model(preset.config()), torch.bfloat16, BITS.get(kind)).values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ Only the configured channels are there, in the configured order. The LM-head gra
 
 CountSketch is linear, so `ĝ` is a weighted sum of rows of `M = CS_g(W)`, computed once. Logits are computed for
 counted positions only, a bounded slice at a time; `s`, softmax and sketches are float32 whatever the weights
-are. Runs on the device of the unembedding: on a CPU support and sketches of a position are one compiled pass
-(`rise_ops.fused`), elsewhere tensor operations (`rise_ops.support`). Does not run the model: see `rise_ops.trunk`.
+are (`rise_ops.residual_sketch`). Runs on the device of the unembedding. Does not run the model: see `rise_ops.trunk`.
 """
 
 from __future__ import annotations
@@ -21,21 +20,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from queue import SimpleQueue
 
-import numpy as np
 import torch
-from torch.nn import functional
 
 from rise_ops.config import SketchConfig
 from rise_ops.errors import ModelError
-from rise_ops.sketch import SketchTables, column_codes
-from rise_ops.support import Residuals, residuals
+from rise_ops.residual_sketch import DEFAULT_LOGIT_BYTES, ResidualSketcher, Way
+from rise_ops.sketch import SketchTables
 from rise_ops.threads import arithmetic_pool
+from rise_ops.unembedding import Unembedding
 
-DEFAULT_LOGIT_BYTES = 64 * 2**20
-LOGIT_COPIES = 3
-"""How often a slice of logits exists at once, at most: itself, its undecided rows, and the soft-cap or groups."""
-_SLICE_ROWS = 384
-"""Positions of a slice beyond which its logits only leave the caches of a CPU."""
+__all__ = ["DEFAULT_LOGIT_BYTES", "ReadoutHead"]
 
 _FACTORS: dict[str, tuple[str, str]] = {"rh": ("r", "h"), "gh": ("g", "h"), "rg": ("r", "g")}
 
@@ -46,7 +40,10 @@ class ReadoutHead:
     Parameters
     ----------
     unembedding
-        [V, D] LM-head weight, any floating dtype, on the device to compute on.
+        [V, D] LM-head weight, any floating dtype, on the device to compute on; or shards of it [V_s, D] in the
+        vocabulary's order, possibly on several devices. Each is multiplied where it lies, and only the largest logits
+        of each row travel to the first one's device, where the rest is computed. That has a sketch of the whole
+        weight, float32 [V, dim_g], where the channels need it.
     config
         What to sketch.
     bias
@@ -58,19 +55,19 @@ class ReadoutHead:
     soft_cap
         Final soft-capping `cap · tanh(z / cap)` (Gemma 2).
     max_logit_bytes
-        Memory for logits at a time. The result does not depend on it beyond rounding.
-    compiled
-        Whether to use the compiled pass; by default on a CPU, the only device that has it.
+        Memory for logits at a time, on each device. The result does not depend on it beyond rounding.
+    way
+        How support and sketches of residuals are computed, see `rise_ops.residual_sketch`; by default the fastest.
 
     Raises
     ------
     ModelError
-        The tables do not fit the unembedding or the configuration.
+        Shards, bias or tables do not fit each other or the configuration.
     """
 
     def __init__(
         self,
-        unembedding: torch.Tensor,
+        unembedding: torch.Tensor | Sequence[torch.Tensor],
         config: SketchConfig,
         *,
         bias: torch.Tensor | None = None,
@@ -78,65 +75,33 @@ class ReadoutHead:
         logit_scale: float = 1.0,
         soft_cap: float | None = None,
         max_logit_bytes: int = DEFAULT_LOGIT_BYTES,
-        compiled: bool | None = None,
+        way: Way | None = None,
     ) -> None:
         self.config = config
-        self.vocab_size, self.hidden_dim = unembedding.shape
-        self.device = unembedding.device
+        self._unembedding = Unembedding(unembedding, bias=bias, logit_scale=logit_scale, soft_cap=soft_cap)
+        self.vocab_size, self.hidden_dim = self._unembedding.vocab_size, self._unembedding.hidden_dim
+        self.device = self._unembedding.device
         if tables is None:
             tables = SketchTables.from_config(config, hidden_dim=self.hidden_dim, vocab_size=self.vocab_size)
         _check_tables(tables, config, hidden_dim=self.hidden_dim, vocab_size=self.vocab_size)
         self.tables = tables
-        self.logit_scale = float(logit_scale)
-        self.soft_cap = None if soft_cap is None else float(soft_cap)
-        self.max_logit_bytes = max_logit_bytes
-        self._compiled = self.device.type == "cpu" if compiled is None else compiled
-        # CPUs have no matrix product of 16-bit factors with a float32 result.
-        weight = unembedding.detach()
-        self._weight = weight.float() if self.device.type == "cpu" else weight
-        self._bias = None if bias is None else bias.detach().to(self.device, torch.float32)
-        with torch.inference_mode():
-            self._prepare_sketches()
-
-    def _prepare_sketches(self) -> None:
-        names: set[str] = {name for channel in self.config.channels for name in _FACTORS[channel]}
-        self._names = sorted(names)
-        self._h_matrix = self.tables.h.matrix(device=self.device) if "h" in names else None
-        self._r_buckets = self.tables.r.buckets.to(self.device)
-        self._r_signs = self.tables.r.signs.to(self.device, torch.float32)
-        self._codes = column_codes(self.tables.r)
-        self._projected: torch.Tensor | None = None
-        if "g" in names:
-            matrix = self.tables.g.matrix(device=self.device)
-            parts = [block.float() @ matrix for block in self._weight.split(8192)]
-            self._projected = torch.cat(parts)
+        self._names = sorted({name for channel in config.channels for name in _FACTORS[channel]})
+        self.residuals = ResidualSketcher(
+            self._unembedding, tables, config, names=self._names, max_logit_bytes=max_logit_bytes, way=way
+        )
+        """What sketches residuals."""
+        self._h_matrix = tables.h.matrix(device=self.device) if "h" in self._names else None
 
     def __repr__(self) -> str:
         return f"ReadoutHead(vocab_size={self.vocab_size}, hidden_dim={self.hidden_dim}, {self.config!r})"
 
-    @property
-    def slice_rows(self) -> int:
-        """Positions whose logits are computed at a time."""
-        if self._compiled:  # by each of the threads
-            return max(1, min(_SLICE_ROWS, self.max_logit_bytes // (torch.get_num_threads() * 4 * self.vocab_size)))
-        return max(1, self.max_logit_bytes // (LOGIT_COPIES * 4 * self.vocab_size))
-
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of the model, in float32: [N, D] → [N, V]; written into `out` [≥ N, V] where given."""
-        rows = hidden.shape[0]
-        target = None if out is None else out[:rows]
-        if self._weight.dtype == torch.float32:
-            z = torch.mm(hidden.float(), self._weight.t(), out=target)
-        else:
-            z = torch.mm(hidden.to(self._weight.dtype), self._weight.t(), out_dtype=torch.float32, out=target)
-        if self._bias is not None:
-            z.add_(self._bias)
-        if self.logit_scale != 1.0:
-            z.mul_(self.logit_scale)
-        if self.soft_cap is not None:
-            z.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-        return z
+        """Logits of the model, in float32: [N, D] → [N, V]; written into `out` [≥ N, V] where given.
+
+        All columns of all rows, whatever `max_logit_bytes` is.
+        """
+        return self._unembedding.logits(hidden, out=out)
 
     @torch.inference_mode()
     def signatures(
@@ -241,97 +206,26 @@ class ReadoutHead:
         flat_ids = token_ids.reshape(-1).to(self.device, torch.int64)
         widths = self.tables.widths
         factors = {name: torch.zeros(batch * width, widths[name], device=self.device) for name in self._names}
-        threads = torch.get_num_threads() if self._compiled else 1
-        rows = min(self.slice_rows, max(1, -(-positions.numel() // threads)))
+        rows, threads = self.residuals.slices_of(positions.numel())
         parts = positions.split(rows)
         buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
         for _ in range(min(threads, len(parts))):
-            buffers.put(torch.empty(rows, self.vocab_size, device=self.device))
+            buffers.put(self.residuals.buffer(rows))
 
         @torch.inference_mode()
         def sketch(part: torch.Tensor) -> None:
+            states, targets = flat_hidden[part], flat_ids[part + 1]
+            if self._h_matrix is not None:
+                factors["h"][part] = self._unit(states.float() @ self._h_matrix)
             buffer = buffers.get()
             try:
-                self._sketch_slice(flat_hidden[part], flat_ids[part + 1], part, factors=factors, buffer=buffer)
+                self.residuals.sketch(states, targets, part, factors=factors, buffer=buffer)
             finally:
                 buffers.put(buffer)
 
         for _ in map(sketch, parts) if buffers.qsize() == 1 else arithmetic_pool(threads).map(sketch, parts):
             pass
         return {name: factor.view(batch, width, -1) for name, factor in factors.items()}
-
-    def _sketch_slice(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        positions: torch.Tensor,
-        *,
-        factors: dict[str, torch.Tensor],
-        buffer: torch.Tensor,
-    ) -> None:
-        """Unit-length sketches of some positions, written to their places in `factors`."""
-        if self._h_matrix is not None:
-            factors["h"][positions] = self._unit(hidden.float() @ self._h_matrix)
-        scaled = self._scaled_logits(hidden, out=buffer)
-        if self._compiled:
-            self._sketch_compiled(scaled, targets, positions, factors)
-            return
-        for found in residuals(scaled, targets, self.config):
-            rows = slice(None) if found.rows is None else found.rows
-            places, own = positions[rows], targets[rows]
-            if "r" in factors:
-                factors["r"][places] = self._unit(self._sketch_r(found, own))
-            if self._projected is not None:
-                factors["g"][places] = self._unit(self._sketch_g(found, self._projected))
-
-    def _scaled_logits(self, hidden: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        """Logits divided by the temperature, float32 [N, V], in `out`."""
-        if self._weight.dtype != torch.float32 or self._bias is not None or self.soft_cap is not None:
-            return self.logits(hidden, out=out).div_(self.config.temperature)
-        # the factor on D numbers, not on V
-        scaled = hidden.float() * (self.logit_scale / self.config.temperature)
-        return torch.mm(scaled, self._weight.t(), out=out[: hidden.shape[0]])
-
-    def _sketch_compiled(
-        self, scaled: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, factors: dict[str, torch.Tensor]
-    ) -> None:
-        from rise_ops import fused
-
-        nothing = np.empty((len(self._codes), 0), np.float32)
-        fused.sketch_residuals(
-            scaled.numpy(),
-            targets.numpy(),
-            positions.numpy(),
-            codes=self._codes,
-            projected=nothing if self._projected is None else self._projected.numpy(),
-            out_r=factors["r"].numpy() if "r" in factors else nothing,
-            out_g=factors["g"].numpy() if "g" in factors else nothing,
-            config=self.config,
-        )
-
-    def _sketch_r(self, found: Residuals, targets: torch.Tensor) -> torch.Tensor:
-        """CountSketch of residuals, as `Σ_{v≠y} r_v (s_v e_b(v) − s_y e_b(y))`.
-
-        Where v and y share bucket and sign the bracket is exactly zero. Summed one by one, `r_v` and `r_y ≈ −r_v`
-        would leave rounding noise, which the scaling to unit length blows up.
-        """
-        rows, width = found.counts.numel(), self.config.dim_r
-        buckets, signs = self._r_buckets[found.tokens], self._r_signs[found.tokens]
-        target_buckets, target_signs = self._r_buckets[targets], self._r_signs[targets]
-        same = (buckets == target_buckets[found.entry_rows]) & (signs == target_signs[found.entry_rows])
-        others = found.values.masked_fill(same, 0)  # `same` holds for y itself, too
-        flat = torch.zeros(rows * width, device=self.device)
-        flat.scatter_add_(0, found.entry_rows * width + buckets, others * signs)
-        sums = torch.zeros(rows, device=self.device).scatter_add_(0, found.entry_rows, others)
-        sketch = flat.view(rows, width)
-        return sketch.scatter_add_(1, target_buckets[:, None], (-target_signs * sums)[:, None])
-
-    def _sketch_g(self, found: Residuals, projected: torch.Tensor) -> torch.Tensor:
-        starts = found.counts.cumsum(0) - found.counts
-        summed: torch.Tensor = functional.embedding_bag(
-            found.tokens, projected, starts, mode="sum", per_sample_weights=found.values
-        )
-        return summed
 
     def _unit(self, x: torch.Tensor) -> torch.Tensor:
         norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

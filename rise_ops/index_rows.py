@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rise_ops.index import BlockRecord, Float16Array, read_chunk, read_counts, read_records, read_rows
-from rise_ops.scan import read_ahead
 from rise_ops.store import Store
+from rise_ops.threads import read_ahead
 
 DIGEST_BYTES = 16
 

@@ -1,15 +1,20 @@
 """Filling an index: the rows of a block that the index holds elsewhere are copied, the others computed.
 
-One block is held at a time. A copied row is bit by bit the one it is copied from, and checked against the
-checksum of its chunk; where that fails, the row is computed, and the damaged block is left for `curate verify`.
-The model is only asked for when a row has to be computed.
+While the signatures of one block are computed, those of the last are written and the next is read and tokenised, where
+there is memory for both; else one is held at a time. A copied row is bit by bit the one it is copied from, and checked
+against the checksum of its chunk; where that fails, the row is computed, and the damaged block is left for `curate
+verify`. The model is only asked for when a row has to be computed.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -23,17 +28,19 @@ from rise_ops.memory import FRESH_ROWS
 from rise_ops.progress import Progress, silent
 from rise_ops.signatures import RowSignatures, Signer
 from rise_ops.store import Store
+from rise_ops.threads import ContextPool, read_ahead
+from rise_ops.trunk import Encoded
 
 _logger = logging.getLogger(__name__)
 
 
 def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim: int, signer: Callable[[], Signer],
-                  reuse: Mapping[str, pl.DataFrame] | None = None,
+                  reuse: Mapping[str, pl.DataFrame] | None = None, at_once: int = 1,
                   progress: Progress = silent) -> list[BlockRecord]:  # fmt: skip
     """Compute and store the signatures of blocks, one after the other.
 
-    A block is visible when its record is; stopping in between loses one block. One that is complete by now, from an
-    earlier try or another run, is taken as it is.
+    A block is visible when its record is; stopping in between loses `at_once` blocks at most. One that is complete by
+    now, from an earlier try or another run, is taken as it is.
 
     Parameters
     ----------
@@ -43,8 +50,10 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
         Opens the model; called where a row has to be computed.
     reuse
         By block, the rows whose signatures stand elsewhere: block_row, from_block, from_row.
+    at_once
+        Blocks of signatures in memory, one or two (`memory.blocks_at_once`).
     progress
-        Counts rows, copied ones too.
+        Counts rows that are stored, copied ones too.
 
     Raises
     ------
@@ -53,32 +62,94 @@ def sketch_blocks(store: Store, identity: str, block_ids: Sequence[str], *, dim:
     ModelError, LimitError
         As `Signer.rows`.
     """
-    records = []
+    work = _Work(store, identity, dim, signer, reuse or {}, ahead=at_once > 1)
+    records: list[BlockRecord] = []
     done = 0
-    for block_id in each_block(block_ids, str):
-        started = time.perf_counter()
-        texts = read_texts(store, block_id)
-        record = completed_block(store, identity, block_id, rows=len(texts), dim=dim)
-        if record is None:
-            found = (reuse or {}).get(block_id)
-            signatures, computed = _signatures(store, identity, texts, found, dim=dim, signer=signer)
-            record = write_block(
-                store,
-                identity,
-                block_id,
-                signatures,
-                seconds=time.perf_counter() - started,
-                producer=_producer(signer()) if computed else {},
-                sketched=computed,
-            )
-            count("rows", len(computed))
-            count("tokens", int(signatures.tokens[computed].sum()))
-            del signatures  # or those of the next block would be computed beside them
-        records.append(record)
-        done += len(texts)
-        del texts
+
+    def written(block: Future[BlockRecord]) -> None:
+        nonlocal done
+        records.append(block.result())
+        done += records[-1].rows
         progress(done, None)
+
+    with ExitStack() as stack:
+        blocks: Iterable[_Block] = map(work.read, block_ids)
+        if at_once > 1:
+            blocks = stack.enter_context(closing(read_ahead(blocks, 2)))
+        pool = stack.enter_context(ContextPool(1))
+        writing: Future[BlockRecord] | None = None
+        for block in each_block(blocks, lambda block: block.block_id):
+            write = work.write(block)
+            if writing is not None:
+                written(writing)
+            writing = pool.submit(write)
+            del block, write  # or its signatures would be held while those of the next one are computed
+            if at_once == 1:
+                written(writing)
+                writing = None
+        if writing is not None:
+            written(writing)
     return records
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block on its way into the index."""
+
+    block_id: str
+    texts: list[str]
+    record: BlockRecord | None
+    """Where it is complete by now."""
+    encoded: list[Encoded] | None
+    """Its tokens, where all rows are to be computed and there was time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is done with a block, each step in a thread of its own."""
+
+    store: Store
+    identity: str
+    dim: int
+    signer: Callable[[], Signer]
+    reuse: Mapping[str, pl.DataFrame]
+    ahead: bool
+    """Whether blocks are read while others are computed."""
+
+    def read(self, block_id: str) -> _Block:
+        """Texts, and tokens where the processor has time for them because the model is busy."""
+        texts = read_texts(self.store, block_id)
+        record = completed_block(self.store, self.identity, block_id, rows=len(texts), dim=self.dim)
+        wanted = self.ahead and record is None and block_id not in self.reuse
+        return _Block(block_id, texts, record, self.signer().encode(texts) if wanted else None)
+
+    def write(self, block: _Block) -> Callable[[], BlockRecord]:
+        """Compute a block's signatures, unless it is complete; what comes back stores them."""
+        if block.record is not None:
+            return partial(_as_it_is, block.record)
+        started = time.perf_counter()
+        computed: Sequence[int] = range(len(block.texts))
+        if block.encoded is not None:
+            signatures = self.signer().encoded_rows(block.encoded)
+        else:
+            signatures, computed = _signatures(
+                self.store, self.identity, block.texts, self.reuse.get(block.block_id), dim=self.dim, signer=self.signer
+            )
+        seconds = time.perf_counter() - started
+        return partial(self._store, block.block_id, signatures, computed, seconds)
+
+    def _store(self, block_id: str, signatures: RowSignatures, computed: Sequence[int], seconds: float) -> BlockRecord:
+        producer = _producer(self.signer()) if computed else {}
+        record = write_block(
+            self.store, self.identity, block_id, signatures, seconds=seconds, producer=producer, sketched=computed
+        )
+        count("rows", len(computed))
+        count("tokens", int(signatures.tokens[list(computed)].sum()))
+        return record
+
+
+def _as_it_is(record: BlockRecord) -> BlockRecord:
+    return record
 
 
 def _producer(signer: Signer) -> dict[str, str]:

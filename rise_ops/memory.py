@@ -167,6 +167,19 @@ def ingest_memory(memory: int, *, tasks: int = 1) -> StageMemory:
     return _plan("ingest", f"a block of at most {MAX_BYTES // MIB} MiB, a batch of rows", need, memory, tasks)
 
 
+def blocks_at_once(memory: int, *, dim: int) -> int:
+    """Blocks of signatures that a task of the index may hold: two where they take a quarter of its memory at most.
+
+    Then the last block is written and the next one read while one is computed.
+    """
+    return 2 if 8 * _block_bytes(dim) <= memory else 1
+
+
+def _block_bytes(dim: int) -> int:
+    """The signatures of a block, and the chunks of it that are being written."""
+    return 2 * (MAX_ROWS + FRESH_ROWS) * dim + 2 * max(_CHUNK_BYTES, 2 * dim)
+
+
 def sketch_memory(memory: int, *, dim: int, tasks: int = 1) -> tuple[StageMemory, int]:
     """Plan for computing signatures, and the bytes that are left for micro-batches (`signatures.plan_memory`).
 
@@ -175,12 +188,14 @@ def sketch_memory(memory: int, *, dim: int, tasks: int = 1) -> tuple[StageMemory
     LimitError
         The signatures of a block leave no room.
     """
-    result = 2 * (MAX_ROWS + FRESH_ROWS) * dim + 2 * max(_CHUNK_BYTES, 2 * dim)
+    blocks = blocks_at_once(memory, dim=dim)
+    result = blocks * _block_bytes(dim) + (blocks - 1) * _BLOCK_COPIES * MAX_BYTES
     need = _IDLE + result
     _refuse("sketch", need + 16 * MIB, memory, tasks, remedy="use a smaller sketch")
     rest = memory - need
     text = (
-        f"{MAX_ROWS:,} signatures of {dim:,} take {_mib(result)} MiB, micro-batches {_mib(rest)} MiB beside the model"
+        f"{blocks} x {MAX_ROWS:,} signatures of {dim:,} take {_mib(result)} MiB, micro-batches {_mib(rest)} MiB beside "
+        "the model"
     )
     return _plan("sketch", text, memory, memory, tasks), rest
 

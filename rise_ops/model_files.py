@@ -2,7 +2,9 @@
 
 A folder's fingerprint is a SHA-256 over its weight files, `config.json` without keys that do not change what
 the model computes, its tokenizer files, and its code where that is allowed to run. It does not depend on the
-folder's path. A hub model's fingerprint is its commit, which fixes all of these. Nothing is loaded here.
+folder's path. A hub model's fingerprint is its commit, which fixes all of these. `model.quantization` gives other
+weights and so another fingerprint; how the weights are spread over devices and processes does not. Nothing is loaded
+here.
 """
 
 from __future__ import annotations
@@ -76,8 +78,9 @@ def model_fingerprint(config: ModelConfig) -> str:
         As `resolve_model`; also when a file cannot be read.
     """
     files = resolve_model(config)
+    quantization = {} if config.quantization is None else {"quantization": config.quantization}
     if files.commit is not None:
-        return fingerprint({"hub": files.commit, "remote_code": config.trust_remote_code})
+        return fingerprint({"hub": files.commit, "remote_code": config.trust_remote_code, **quantization})
     folder = Path(files.location)
     names = [*weight_files(folder), *(name for name in _TOKENIZER_FILES if (folder / name).is_file())]
     names += sorted(path.name for path in folder.glob("*.tiktoken"))
@@ -87,7 +90,7 @@ def model_fingerprint(config: ModelConfig) -> str:
         hashes = {name: _file_sha256(folder / name) for name in names}
     except OSError as error:
         raise ModelError(f"model {config.name}: {first_line(error)}; check the folder's files") from error
-    return fingerprint({"config": _stable_config(config, folder), "files": hashes})
+    return fingerprint({"config": _stable_config(config, folder), "files": hashes, **quantization})
 
 
 def stored_bytes(files: ModelFiles) -> int | None:

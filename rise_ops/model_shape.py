@@ -29,14 +29,18 @@ class ModelShape:
     """(out, in) of the linear modules, without the LM head."""
 
 
-def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
-    """Sizes of the model that a transformers configuration describes; no weight is allocated."""
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model that a transformers configuration describes, on the meta device: no weight is allocated."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return shape_of_model(model)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
+    """Sizes of the model that a transformers configuration describes."""
+    return shape_of_model(empty_model(config, trust_remote_code=trust_remote_code))
 
 
 def linear_modules(model: Any) -> list[tuple[Any, int, int]]:
@@ -60,7 +64,7 @@ def shape_of_model(model: Any) -> ModelShape:
     limit = getattr(text, "max_position_embeddings", None)
     vocab, hidden = head.weight.shape
     return ModelShape(
-        parameters=sum(each.numel() for each in model.parameters()),
+        parameters=int(model.num_parameters()),  # also where a byte holds two
         vocab_size=int(vocab),
         hidden_dim=int(hidden),
         layers=int(text.num_hidden_layers),
@@ -68,6 +72,40 @@ def shape_of_model(model: Any) -> ModelShape:
         max_positions=int(limit) if limit else None,
         modules=tuple((out, inside) for _, out, inside in linear_modules(model)),
     )
+
+
+def model_settings(config: ModelConfig) -> Any:
+    """The transformers configuration of a model, from its `config.json`.
+
+    Raises
+    ------
+    ModelError
+        It cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    files = resolve_model(config)
+    try:
+        return AutoConfig.from_pretrained(
+            files.location, revision=files.commit, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise _unknown(config, error) from error
+
+
+def model_outline(config: ModelConfig) -> Any:
+    """The configured model on the meta device, from its `config.json`.
+
+    Raises
+    ------
+    ModelError
+        It cannot be found or is no causal language model.
+    """
+    settings = model_settings(config)
+    try:
+        return empty_model(settings, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise _unknown(config, error) from error
 
 
 @lru_cache(8)
@@ -79,14 +117,8 @@ def model_shape(config: ModelConfig) -> ModelShape:
     ModelError
         It cannot be found or is no causal language model.
     """
-    from transformers import AutoConfig
+    return shape_of_model(model_outline(config))
 
-    files = resolve_model(config)
-    try:
-        found = AutoConfig.from_pretrained(
-            files.location, revision=files.commit, trust_remote_code=config.trust_remote_code
-        )
-        return shape_of(found, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise ModelError(f"model {config.name} is no causal language model that is known here: {first_line(error)}"
-                         ) from error  # fmt: skip
+
+def _unknown(config: ModelConfig, error: Exception) -> ModelError:
+    return ModelError(f"model {config.name} is no causal language model that is known here: {first_line(error)}")

@@ -19,6 +19,7 @@ from typing import Any
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion, look_at_sources, read_snapshot
 from rise_ops.diff import diff_states, published_state
+from rise_ops.errors import LimitError
 from rise_ops.index import BlockRecord, index_id, list_indexed, read_records
 from rise_ops.index_plan import find_missing
 from rise_ops.memory import as_json
@@ -79,7 +80,9 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
     done = list(read_records(store, identity, rows_of.keys() - missing.keys()).values())
     earlier = _earlier(store, config, identity, version) if missing else []
     share = to_sketch / max(1, sum(missing.values()))
-    cost = estimate(store, config, sources, list(seen.blocks.values()), done, earlier=earlier, share=share)
+    model = _weights(config) if to_sketch else None
+    cost = estimate(store, config, sources, list(seen.blocks.values()), done, earlier=earlier, share=share,
+                    weight_bytes=model["weight_bytes"] if model else 0)  # fmt: skip
     stages = plan_stages(config, rows=seen.rows)
     changed = bool(diff.objects.added or diff.objects.changed or diff.objects.removed)
     resting = BASE_BYTES + max(plan.bytes for name, plan in stages.items() if name != "sketch")
@@ -98,6 +101,7 @@ def plan_run(config: CurationConfig, *, deep: bool = False) -> Json:
         "index_bytes_new": sum(missing.values()) * config.sketch.dim * 2,
         "peak_memory_bytes": max(resting, cost.peak_memory_bytes) if to_sketch else resting,
         "memory": as_json(stages),
+        "model": model,
         "sketch_seconds": cost.sketch_seconds,
         "sketch_seconds_unknown": cost.sketch_seconds_unknown,
         **preview_selection(store, config, version, identity, changed=changed, missing=len(missing)),
@@ -113,6 +117,7 @@ def estimate(
     *,
     earlier: Sequence[tuple[BlockRecord, int]],
     share: float,
+    weight_bytes: int,
 ) -> Cost:
     """Tokens of the corpus, and time and memory of sketching a share of what is not in `done`.
 
@@ -122,11 +127,14 @@ def estimate(
         Blocks of the corpus that are in the index.
     earlier
         Blocks of the version before that are in it, and their characters: they tell the rate, too.
+    weight_bytes
+        Of the model.
     """
     finished = {record.block_id for record in done}
     characters = sum(block.characters for block in blocks if block.block_id not in finished)
     known = sum(record.tokens for record in done)
-    rate, unknown, memory = _rate([*done, *(record for record, _ in earlier)]), "", _memory_without_model(config)
+    rate, unknown = _rate([*done, *(record for record, _ in earlier)]), ""
+    memory = BASE_BYTES + weight_bytes + int(config.limits.memory)
     measured = sum(block.characters for block in blocks if block.block_id in finished) + sum(
         count for _, count in earlier
     )
@@ -180,6 +188,8 @@ def _cannot_measure(config: CurationConfig, sample: Sequence[str]) -> str:
     """Why the rate cannot be measured; empty if it can."""
     if not sample:
         return "unknown: no rows to measure with"
+    if not config.model.in_one_process:
+        return "unknown: no processes are started for a plan; the first blocks will tell"
     stored = stored_bytes(resolve_model(config.model))
     if stored is None:
         return "unknown: a hub model is not loaded for a plan; its first blocks will tell"
@@ -199,6 +209,13 @@ def _measure(store: Store, config: CurationConfig, sample: Sequence[str]) -> tup
     return tokens / seconds, tokens / max(1, sum(map(len, sample))), peak
 
 
-def _memory_without_model(config: CurationConfig) -> int:
-    stored = stored_bytes(resolve_model(config.model)) or 0
-    return BASE_BYTES + stored + int(config.limits.memory)
+def _weights(config: CurationConfig) -> Json:
+    """Where the weights will go, on a machine like this one, and what is wrong with it."""
+    from rise_ops.placement import plan_weights
+
+    plan, problem = plan_weights(config.model, working=int(config.limits.memory)), ""
+    try:
+        plan.refuse_if_too_large()
+    except LimitError as error:
+        problem = str(error)
+    return {"text": plan.text, "weight_bytes": plan.weight_bytes, "places": dict(plan.places), "problem": problem}

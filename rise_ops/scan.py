@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +27,9 @@ from rise_ops.logs import each_block
 from rise_ops.memory import PANEL_COLUMNS, TILE_ROWS, ScanMemory
 from rise_ops.progress import Progress, silent
 from rise_ops.store import Store
-from rise_ops.threads import ContextPool, arithmetic_pool
+from rise_ops.threads import arithmetic_pool, read_ahead
 
 Float32Array = npt.NDArray[np.float32]
-T = TypeVar("T")
 
 BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
@@ -278,20 +275,3 @@ def smallest(k: int, kept: Float32Array, kept_rows: npt.NDArray[np.int64], new: 
         best[part] = np.take_along_axis(scores, order, axis=1)
         best_rows[part] = np.take_along_axis(rows, order, axis=1)
     return best, best_rows
-
-
-def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """Iterate with a thread that reads ahead, so that `count` items are held at most, the last one included."""
-    iterator = iter(items)
-    with ContextPool(1) as pool:
-        pending: list[Future[list[T]]] = [pool.submit(_next, iterator) for _ in range(count)]
-        while True:
-            item = pending.pop(0).result()
-            if not item:
-                return
-            yield item.pop()
-            pending.append(pool.submit(_next, iterator))
-
-
-def _next(iterator: Iterator[T]) -> list[T]:
-    return list(islice(iterator, 1))

@@ -59,12 +59,14 @@ def open_signer(store: Store, config: CurationConfig) -> Signer:
 
 @lru_cache(2)
 def _signer(uri: str, model: ModelConfig, sketch: SketchConfig, memory: int, plan: str) -> Signer:
+    from rise_ops.sign_memory import plan_ahead
     from rise_ops.signatures import Signer, load_tables
     from rise_ops.trunk import load_trunk
 
-    _logger.info("%s", plan)  # once, not for every block
+    ahead = plan_ahead(model, sketch, memory=memory)
+    _logger.info("%s; %s", plan, ahead.text)  # before the model is loaded, and once, not for every block
     store = Store(uri)
-    trunk = load_trunk(model)
+    trunk = load_trunk(model, ahead.peak_bytes - ahead.weight_bytes)
     identity = index_id(trunk.fingerprint, sketch)
     # an index keeps its tables: PyTorch does not promise its random streams across releases
     found = store.exists(tables_key(identity))

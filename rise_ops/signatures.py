@@ -2,7 +2,7 @@
 
 A row's signature is the mean of its chunk signatures (each rounded to float16 first), scaled to unit length and
 stored as float16. Chunks run in length-sorted micro-batches (`rise_ops.chunking`) whose size follows from a
-memory budget by the plain model in `plan_memory`; logits are bounded separately. At no time are the float32
+memory budget by the plain model in `rise_ops.sign_memory`; logits are bounded separately. At no time are the float32
 signatures of more than one micro-batch in memory, except sums of rows of several chunks, and of those at most
 `MemoryPlan.pending_rows`.
 
@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from rise_ops.chunking import QUERY_TOKENS, Chunk, plan_batches, row_chunks
+from rise_ops.chunking import Chunk, plan_batches, row_chunks
 from rise_ops.config import SketchConfig
 from rise_ops.errors import LimitError, ModelError, SourceError
-from rise_ops.model_shape import ModelShape, shape_of_model
 from rise_ops.progress import Progress, silent
+from rise_ops.sign_memory import MemoryPlan, plan_memory, plan_shape
 from rise_ops.sketch import SketchTables, load_tables
 from rise_ops.trunk import Encoded, Trunk
 
@@ -43,41 +43,8 @@ ESTIMATOR_VERSION = 1
 """Raised when the same model, configuration and text would give another signature."""
 
 _FLOOR = 1e-8
-_MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Padded tokens beyond which a larger micro-batch gains nothing."""
-_MAX_LOGIT_BYTES = {"cpu": 40 * 2**20, "cuda": 2**30}
-"""Beyond which larger slices gain nothing; on a CPU, of each thread."""
-
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How a memory budget is spent; all sizes in bytes."""
-
-    memory: int
-    """The budget: working memory beside the model's weights."""
-    weight_bytes: int
-    """The model's weights, not part of the budget."""
-    bytes_per_token: int
-    """Activations and sketches of one padded token."""
-    bytes_per_chunk: int
-    """Signature of one chunk in float32 while it is made."""
-    tokens: int
-    """Padded tokens of a micro-batch, at most."""
-    chunks: int
-    """Chunks of a micro-batch, at most."""
-    logit_bytes: int
-    """Logits at a time, at most."""
-    pending_rows: int
-    """Rows of several chunks that are summed at a time, at most."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Weights and working memory together, at most; without the result, 2·dim bytes a row."""
-        batch = self.tokens * self.bytes_per_token + (self.chunks + self.pending_rows) * self.bytes_per_chunk
-        return self.weight_bytes + self.logit_bytes + batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,71 +68,6 @@ class TokenScores:
     """float64 [vectors, tokens], at the token that is predicted; overlapping windows add up."""
     signature: np.ndarray[Any, np.dtype[np.float32]]
     """float32 [dim]: the text's signature, computed again, rounded to float16; zero where it predicts nothing."""
-
-
-def plan_memory(trunk: Trunk, sketch: SketchConfig, *, memory: int) -> MemoryPlan:
-    """Divide a budget among what signatures with a loaded model take; on a GPU never more than it has.
-
-    Raises
-    ------
-    LimitError
-        Not even one chunk fits.
-    """
-    if trunk.device.type == "cuda":
-        total = torch.cuda.get_device_properties(trunk.device).total_memory
-        memory = min(memory, max(0, int(0.9 * total) - trunk.weight_bytes))
-    shape, dtype, device = shape_of_model(trunk.model), trunk.dtype, trunk.device.type
-    plan = plan_shape(shape, sketch, dtype=dtype, device=device, memory=memory, name=trunk.name)
-    return replace(plan, weight_bytes=trunk.weight_bytes)  # some models keep a part in another type
-
-
-def plan_shape(
-    shape: ModelShape, sketch: SketchConfig, *, dtype: torch.dtype, device: str, memory: int, name: str
-) -> MemoryPlan:
-    """Divide a budget, for a model of these sizes: a quarter for logits, a quarter for pending rows, half for the
-    micro-batch.
-
-    Parameters
-    ----------
-    dtype
-        Of all weights.
-    device
-        cpu or cuda.
-    name
-        What messages call the model.
-
-    Raises
-    ------
-    LimitError
-        Not even one chunk fits.
-    """
-    # A layer holds the residual stream, queries, keys, values, the attention's and the inner layer's input and
-    # output; states are gathered in float32, next to three sketches and their scaled copies.
-    activations = dtype.itemsize * (10 * shape.hidden_dim + 3 * shape.inner_dim)
-    per_token = activations + 4 * (2 * shape.hidden_dim + 3 * (sketch.dim_h + sketch.dim_g + sketch.dim_r))
-    per_chunk = 3 * 4 * sketch.dim  # outer products, signature, rounded signature
-    batch = memory // 2
-    smallest = QUERY_TOKENS * per_token + per_chunk
-    row_of_logits = 3 * 4 * shape.vocab_size
-    if batch < smallest or memory // 4 < max(row_of_logits, per_chunk):
-        need = max(2 * smallest, 4 * row_of_logits, 4 * per_chunk)
-        raise LimitError(
-            f"signatures with model {name} need {need / 2**20:.0f} MiB of working memory, limits.memory allows "
-            f"{memory / 2**20:.0f} MiB; raise it, or use a smaller model or sketch"
-        )
-    tokens = min(_MAX_TOKENS.get(device, _MAX_TOKENS["cuda"]), max(QUERY_TOKENS, batch // 2 // per_token))
-    chunks = max(1, min(tokens // 2, (batch - tokens * per_token) // per_chunk))
-    logit_bytes = _MAX_LOGIT_BYTES["cpu"] * torch.get_num_threads() if device == "cpu" else _MAX_LOGIT_BYTES["cuda"]
-    return MemoryPlan(
-        memory=memory,
-        weight_bytes=shape.parameters * dtype.itemsize,
-        bytes_per_token=per_token,
-        bytes_per_chunk=per_chunk,
-        tokens=tokens,
-        chunks=chunks,
-        logit_bytes=min(logit_bytes, memory // 4),
-        pending_rows=max(1, memory // 4 // per_chunk),
-    )
 
 
 class Signer:
@@ -221,7 +123,14 @@ class Signer:
         LimitError
             One chunk alone does not fit on the device.
         """
-        encoded = self.trunk.encode(texts)
+        return self.encoded_rows(self.encode(texts), progress=progress)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokens of whole texts. Other threads may compute signatures meanwhile."""
+        return self.trunk.encode(texts)
+
+    def encoded_rows(self, encoded: Sequence[Encoded], *, progress: Progress = silent) -> RowSignatures:
+        """`rows` of what `encode` has made of the texts."""
         chunks = [row_chunks(row, len(found.ids)) for row, found in enumerate(encoded)]
         return self._sign(encoded, chunks, progress=progress)
 

@@ -11,6 +11,9 @@ first pass selects only `_FIRST` entries. The mass of the others is at most `(to
 smallest one selected; where that cannot move the cut, the kept set is exact and the row is done. Only the
 other rows are selected in full. The result is the same set, not an approximation.
 
+Where logits are not whole (`rise_ops.unembedding`), the support comes from candidates: the largest entries of each
+slice of the vocabulary, and of them the largest.
+
 Everything is float32. Ties at the edge of the support are broken arbitrarily.
 """
 
@@ -24,6 +27,20 @@ import torch
 from rise_ops.config import SketchConfig
 
 _FIRST = 32
+_NEAR = 1e-4
+"""Logits, and parts of the mass, that count as equal where rounding may decide."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """The largest scaled logits of some rows; an entry that is not there has −∞."""
+
+    values: torch.Tensor
+    """float32 [N, C]."""
+    tokens: torch.Tensor
+    """int64 [N, C]: vocabulary entry."""
+    own: torch.Tensor
+    """float32 [N]: scaled logit of the next token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +113,48 @@ def top_entries(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, candidates.gather(1, slots)
 
 
+def merge(one: Candidates, other: Candidates | None, count: int) -> Candidates:
+    """The `count` largest of both, largest first: not a number before all, as `torch.topk` has it."""
+    values, tokens, own = one.values, one.tokens, one.own
+    if other is not None:
+        values, tokens = torch.cat([values, other.values], dim=1), torch.cat([tokens, other.tokens], dim=1)
+        own = torch.maximum(own, other.own)
+    values, slots = values.topk(min(count, values.shape[1]), dim=1)
+    return Candidates(values, tokens.gather(1, slots), own)
+
+
+def residuals_of(found: Candidates, targets: torch.Tensor, config: SketchConfig) -> Residuals:
+    """Residuals of every row from its `top_k` largest entries, largest first: what `residuals` finds in whole rows."""
+    values, tokens = found.values.clone(), found.tokens.clone()
+    return _residual(None, *_support(values, tokens, found.own, targets, config), targets)
+
+
+def undecided(found: Candidates, targets: torch.Tensor, config: SketchConfig) -> torch.Tensor:
+    """Rows whose kept entries rounding decides: equal entries at an end, or a mass at the cut. bool [N].
+
+    Parameters
+    ----------
+    found
+        One entry more than the support has, largest first, where the vocabulary has as many.
+    """
+    values, count = found.values, found.values.shape[1]
+    top_k = min(config.top_k, count)
+    near = (values[:, :-1] - values[:, 1:]).abs() <= _NEAR  # the end of a slot and the next
+    at_end = near[:, max(top_k - 2, 0) : top_k].any(dim=1)
+    if not config.adaptive_support:
+        return at_end
+    kept, tokens = values[:, :top_k].clone(), found.tokens[:, :top_k].clone()
+    missing = ~(tokens == targets[:, None]).any(dim=1)
+    kept[:, -1] = torch.where(missing, found.own, kept[:, -1])
+    cumulative = (kept - kept.amax(dim=1, keepdim=True)).exp().cumsum(dim=1)
+    mass = cumulative / cumulative[:, -1:]
+    last = (mass < config.mass).sum(dim=1, keepdim=True).clamp(min(config.min_support, top_k) - 1, top_k - 1)
+    at_cut = (mass - config.mass).abs().amin(dim=1) <= _NEAR
+    if count > 1:
+        at_cut |= near.gather(1, last.clamp_max(count - 2)).squeeze(1)
+    return at_end | at_cut
+
+
 _Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -127,15 +186,22 @@ def _first_pass(
 def _full_pass(scaled: torch.Tensor, targets: torch.Tensor, *, top_k: int, config: SketchConfig) -> _Kept:
     """Values, tokens and kept mask of the whole support."""
     values, tokens = top_entries(scaled, top_k)
+    own = scaled.gather(1, targets[:, None]).squeeze(1)
+    return _support(values, tokens, own, targets, config)
+
+
+def _support(
+    values: torch.Tensor, tokens: torch.Tensor, own: torch.Tensor, targets: torch.Tensor, config: SketchConfig
+) -> _Kept:
+    """The same from the largest entries, largest first, in whose last slot the target is put where it is missing."""
     missing = ~(tokens == targets[:, None]).any(dim=1)
-    target_values = scaled.gather(1, targets[:, None]).squeeze(1)
-    values[:, -1] = torch.where(missing, target_values, values[:, -1])
+    values[:, -1] = torch.where(missing, own, values[:, -1])
     tokens[:, -1] = torch.where(missing, targets, tokens[:, -1])
     if not config.adaptive_support:
         return values, tokens, torch.ones_like(tokens, dtype=torch.bool)
     cumulative = (values - values.amax(dim=1, keepdim=True)).exp().cumsum(dim=1)
     cut = (cumulative < config.mass * cumulative[:, -1:]).sum(dim=1, keepdim=True)
-    slots = torch.arange(top_k, device=scaled.device)
+    slots = torch.arange(values.shape[1], device=values.device)
     return values, tokens, (slots <= cut) | (slots < config.min_support) | (tokens == targets[:, None])
 
 

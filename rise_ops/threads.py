@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache, partial
+from itertools import islice
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -31,6 +32,23 @@ class ContextPool(ThreadPoolExecutor):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Iterate with a thread that reads ahead, so that `count` items are held at most, the last one included."""
+    iterator = iter(items)
+    with ContextPool(1) as pool:
+        pending: list[Future[list[T]]] = [pool.submit(_next, iterator) for _ in range(count)]
+        while True:
+            item = pending.pop(0).result()
+            if not item:
+                return
+            yield item.pop()
+            pending.append(pool.submit(_next, iterator))
+
+
+def _next(iterator: Iterator[T]) -> list[T]:
+    return list(islice(iterator, 1))
 
 
 @cache

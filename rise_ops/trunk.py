@@ -6,6 +6,10 @@ that they reproduce the model's own logits from the hidden states; a model that 
 is refused. Batches are padded on the right and run without an attention mask: a causal model cannot look
 behind a token, and the probe compares with masked batches.
 
+What runs the model is an engine (`rise_ops.engines`): this process, with one device or several; processes that split
+each layer (`rise_ops.tensor_parallel`); or vLLM (`rise_ops.vllm_engine`). Where its weights will go is logged, and
+refused if they cannot fit, before they are loaded (`rise_ops.placement`).
+
 A model's fingerprint comes from its weights, `config.json` and tokenizer files (a folder, wherever it is), or
 from its commit (the hub). Models stay loaded for the life of the process.
 """
@@ -15,7 +19,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +27,24 @@ import torch
 
 from rise_ops.chunking import Chunk, prompt_chunk, prompt_tokens, row_chunks
 from rise_ops.config import ModelConfig, SketchConfig
+from rise_ops.engines import Engine, LocalEngine
 from rise_ops.errors import LimitError, ModelError
 from rise_ops.head import DEFAULT_LOGIT_BYTES, ReadoutHead
-from rise_ops.model_files import ModelFiles, first_line, model_fingerprint, resolve_model
+from rise_ops.loading import load_model, load_tokenizer, quiet_transformers
+from rise_ops.model_files import first_line, model_fingerprint, resolve_model
+from rise_ops.model_shape import ModelShape
+from rise_ops.placement import WeightPlan, pick_device, plan_weights
 from rise_ops.sketch import SketchTables
 
-__all__ = ["Encoded", "Trunk", "load_trunk", "model_fingerprint", "unload_trunk"]
+__all__ = ["Encoded", "Trunk", "load_trunk", "loaded_trunk", "model_fingerprint", "pick_device", "unload_trunk"]
+
+DEFAULT_WORKING_BYTES = 8 * 2**30
+"""Working memory that is left beside the weights where nobody says how much."""
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 """Largest relative error of a position's logits on the probe: two runs of a deep 16-bit model differ by 1–2 %."""
+_ROUNDED_TOLERANCE = 0.05
+"""The same of a quantised model, in any type: int8 takes columns apart that are large anywhere in the batch."""
 _PROBE_LENGTHS = (2, 13, 32)
 _ENCODE_CHARACTERS = 2**20
 _SMALLEST = SketchConfig(channels=("rh",), dim_r=1, dim_h=1, dim_g=1)
@@ -60,8 +72,10 @@ class Trunk:
 
     Parameters
     ----------
-    model, tokenizer
-        As Hugging Face returns them, the model in evaluation mode on its device.
+    model
+        As Hugging Face returns it, in evaluation mode on its device; or what runs it elsewhere.
+    tokenizer
+        As Hugging Face returns it.
     name, fingerprint
         What to call it in messages, and its identity.
 
@@ -72,46 +86,65 @@ class Trunk:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
-        self.model = model
+        self.engine: Engine = model if isinstance(model, Engine) else LocalEngine(model, name=name)
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
         self._heads: dict[tuple[str, str, int], ReadoutHead] = {}
         self._tokenizer_lock = threading.Lock()
-        output = model.get_output_embeddings()
-        if output is None or getattr(output, "weight", None) is None:
-            raise ModelError(f"model {name} ({type(model).__name__}) has no LM head; use a causal language model")
-        self._weight: torch.Tensor = output.weight
-        self._bias: torch.Tensor | None = getattr(output, "bias", None)
-        self.vocab_size, self.hidden_dim = self._weight.shape
-        text_config = model.config.get_text_config()
-        self.logit_scale, self.soft_cap = _logit_transform(text_config)
-        limit = getattr(text_config, "max_position_embeddings", None)
-        self.max_positions: int | None = int(limit) if limit else None
+        self.vocab_size, self.hidden_dim = self.engine.weight.shape
+        self.logit_scale, self.soft_cap = self.engine.logit_scale, self.engine.soft_cap
+        self.max_positions: int | None = self.engine.shape.max_positions
         self._verify()
 
     def __repr__(self) -> str:
         return f"Trunk({self.name!r}, {self.parameters:,} parameters, {self.dtype}, {self.fingerprint[:12]})"
 
     @property
+    def model(self) -> Any:
+        """The Hugging Face model.
+
+        Raises
+        ------
+        ModelError
+            It is not in this process.
+        """
+        return self.engine.model
+
+    @property
+    def unembedding(self) -> torch.Tensor:
+        """[V, D] weight of the LM head."""
+        return self.engine.weight
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        return self.engine.shape
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Floating type of the weights."""
-        return self._weight.dtype
+        """Floating type of hidden states and LM head."""
+        return self.engine.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
-        return self._weight.device
+        """Where the LM head is: hidden states come there, and signatures are computed there."""
+        return self.engine.weight.device
 
     @property
     def parameters(self) -> int:
         """Number of parameters; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return self.engine.shape.parameters
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Memory of the parameters by device."""
+        return self.engine.weights
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the parameters."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        """Memory of the parameters on all devices."""
+        return sum(self.engine.weights.values())
 
     def head(
         self, sketch: SketchConfig, tables: SketchTables | None = None, *, max_logit_bytes: int = DEFAULT_LOGIT_BYTES
@@ -121,9 +154,9 @@ class Trunk:
         with _lock:
             if key not in self._heads:
                 self._heads[key] = ReadoutHead(
-                    self._weight,
+                    self.engine.weight,
                     sketch,
-                    bias=self._bias,
+                    bias=self.engine.bias,
                     tables=tables,
                     logit_scale=self.logit_scale,
                     soft_cap=self.soft_cap,
@@ -143,12 +176,13 @@ class Trunk:
             A chunk is longer than the model can read, or the model returned another number of states.
         """
         longest = int(ids.shape[1])
+        counts = [int(each) for each in lengths]
         if self.max_positions is not None and longest > self.max_positions:
             raise ModelError(
                 f"model {self.name} reads {self.max_positions} tokens, a chunk has {longest}; use a model with a "
                 "longer context"
             )
-        hidden: torch.Tensor = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        hidden = self.engine.hidden_states(ids, counts)
         if hidden.shape != (*ids.shape, self.hidden_dim):
             raise ModelError(
                 f"model {self.name} returned hidden states {list(hidden.shape)} for {list(ids.shape)} tokens and "
@@ -217,11 +251,12 @@ class Trunk:
     @torch.inference_mode()
     def _verify(self) -> None:
         """Refuse a model whose logits do not follow from hidden states and head."""
-        ids, mask = _probe(min(self.vocab_size, self.model.get_input_embeddings().weight.shape[0]))
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float()
-        hidden = self.hidden_states(ids, _PROBE_LENGTHS)[mask.bool()]
-        found = self.logits(hidden)
+        ids, mask = _probe(self.vocab_size)
+        expected = self.engine.logits(ids, mask)
+        hidden = self.hidden_states(ids, _PROBE_LENGTHS)
+        if expected is None:
+            return
+        found, expected = self.logits(hidden[mask.bool().to(hidden.device)]), expected.float()
         self._heads.clear()
         if found.shape != expected.shape:
             raise ModelError(
@@ -229,19 +264,26 @@ class Trunk:
                 "this model cannot be used"
             )
         error = float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-6)).max())
-        tolerance = _TOLERANCE.get(self.dtype, 0.05)
+        tolerance = _ROUNDED_TOLERANCE if self.engine.is_rounded else _TOLERANCE.get(self.dtype, 0.05)
         if not error <= tolerance:  # also where it is NaN
             raise ModelError(
-                f"the LM head of model {self.name} ({type(self.model).__name__}) does not reproduce its logits: "
+                f"the LM head of model {self.name} does not reproduce its logits: "
                 f"relative error {error:.2g}, at most {tolerance:g} expected; the model changes its hidden states or "
                 "logits in a way this program does not know, use another model or another dtype"
             )
 
 
-def load_trunk(config: ModelConfig) -> Trunk:
+def load_trunk(config: ModelConfig, working: int = DEFAULT_WORKING_BYTES) -> Trunk:
     """Load a model once per process; later calls return the same one.
 
     A folder whose files changed since is loaded again.
+
+    Parameters
+    ----------
+    config
+        Which model, and how to load it.
+    working
+        Bytes that will be needed beside the weights, for who decides where they go.
 
     Raises
     ------
@@ -253,8 +295,20 @@ def load_trunk(config: ModelConfig) -> Trunk:
     with _lock:
         key = (config.fingerprint, model_fingerprint(config))
         if key not in _loaded:
-            _loaded[key] = _load(config, fingerprint=key[1])
+            _loaded[key] = _load(config, fingerprint=key[1], working=working)
         return _loaded[key]
+
+
+def loaded_trunk(config: ModelConfig) -> Trunk | None:
+    """The model, if this process has loaded it already.
+
+    Raises
+    ------
+    ModelError
+        It is not where it was.
+    """
+    with _lock:
+        return _loaded.get((config.fingerprint, model_fingerprint(config)))
 
 
 def unload_trunk(trunk: Trunk) -> None:
@@ -264,97 +318,43 @@ def unload_trunk(trunk: Trunk) -> None:
             del _loaded[key]
 
 
-def _load(config: ModelConfig, *, fingerprint: str) -> Trunk:
+def _load(config: ModelConfig, *, fingerprint: str, working: int) -> Trunk:
     from safetensors import SafetensorError
 
     files = resolve_model(config)
-    device = pick_device(config.device)
+    plan = plan_weights(config, working=working)
+    _logger.info("%s", plan.text)
+    plan.refuse_if_too_large()
     try:
-        with _quiet_transformers():
-            tokenizer = _load_tokenizer(config, files)
-            model = _load_model(config, files, device)
+        with quiet_transformers():
+            tokenizer = load_tokenizer(config, files)
+            engine = _engine(config, plan, working)
     except torch.OutOfMemoryError as error:
-        raise LimitError(f"model {config.name} does not fit on {device}; use a smaller one or bfloat16") from error
+        raise LimitError(
+            f"model {config.name} does not fit on {plan.head_device}; use a smaller one, bfloat16, "
+            "model.quantization or model.device_map"
+        ) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model {config.name} cannot be loaded ({type(error).__name__}: {first_line(error)}); "
             "check that its files are whole and belong together"
         ) from error
-    trunk = Trunk(model, tokenizer, name=config.name, fingerprint=fingerprint)
+    trunk = Trunk(engine, tokenizer, name=config.name, fingerprint=fingerprint)
     _logger.info("loaded %s on %s", repr(trunk), str(trunk.device))  # no record that keeps the model
     return trunk
 
 
-def _load_tokenizer(config: ModelConfig, files: ModelFiles) -> Any:
-    from transformers import AutoTokenizer
+def _engine(config: ModelConfig, plan: WeightPlan, working: int) -> Engine:
+    if config.backend == "vllm":
+        from rise_ops.vllm_engine import VllmEngine
 
-    try:
-        return AutoTokenizer.from_pretrained(
-            files.location, revision=files.commit, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"model {config.name} has no tokenizer that can be loaded ({first_line(error)}); put the tokenizer files "
-            "(tokenizer.json, tokenizer_config.json) next to its weights"
-        ) from error
+        return VllmEngine(config, plan, working=working)
+    if config.tensor_parallel > 1:
+        from rise_ops.tensor_parallel import TensorParallelEngine
 
-
-def _load_model(config: ModelConfig, files: ModelFiles, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    if config.dtype != "auto":
-        dtype: Any = getattr(torch, config.dtype)
-    else:
-        dtype = torch.float32 if device.type == "cpu" else "auto"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        files.location,
-        revision=files.commit,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    missing = sorted(report.get("missing_keys", ()))
-    if missing:
-        raise ModelError(
-            f"model {config.name}: {len(missing)} weights are not in its files, among them {missing[0]}; "
-            "they would be random. Use a complete checkpoint"
-        )
-    return model.eval().requires_grad_(False).to(device)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; auto: CUDA where there is some.
-
-    Raises
-    ------
-    ModelError
-        It is not here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"model.device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"model.device {name} is not here ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
-    return device
-
-
-def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """Factor and soft-cap that models apply to their logits, under the names their configurations use."""
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        scale *= float(getattr(config, name, None) or 1.0)
-    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-    # HyperCLOVA X multiplies by the number that Granite divides by.
-    scale = scale * scaling if str(config.model_type).startswith("hyperclovax") else scale / scaling
-    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma; RecurrentGemma; xLSTM
-        if getattr(config, name, None):
-            return scale, float(getattr(config, name))
-    return scale, None
+        return TensorParallelEngine(config, plan)
+    model = load_model(config, resolve_model(config), working=working + plan.head_bytes)
+    return LocalEngine(model, name=config.name)
 
 
 def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,17 +375,3 @@ def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
             start, characters = index + 1, 0
     if start < len(texts):
         yield texts[start:]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the library's own progress bars: stderr belongs to whoever runs the stage."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -8,6 +8,7 @@ from rise_ops.corpus import read_version
 from rise_ops.index import prepare_index, read_records
 from rise_ops.index_plan import plan_work
 from rise_ops.indexing import sketch_blocks
+from rise_ops.memory import blocks_at_once, task_limits
 from rise_ops.reuse import read_reuse
 from rise_ops.session import open_signer
 from rise_ops.store import Store
@@ -52,6 +53,7 @@ def sketch(store_uri: str, config: CurationConfig, index_id: str, blocks: list[s
         dim=config.sketch.dim,
         signer=lambda: open_signer(store, config),
         reuse=read_reuse(store, reuse, blocks),
+        at_once=blocks_at_once(int(task_limits(config).memory), dim=config.sketch.dim),
         progress=stage_progress(),
     )
     return {

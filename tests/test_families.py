@@ -104,6 +104,23 @@ def test_description_by_hand() -> None:
     assert found["working_bytes"]["float32"] == 4_096 * token + (2_048 + 2**31 // chunk) * chunk + logits
 
 
+def test_gpus_that_a_model_needs() -> None:
+    big = PRESETS["olmo-3-32b"]
+    found = describe(big, memory=2**33)["on_gpus"]
+    # every linear weight but the LM head's in 8 bits and 4 bytes for each of its rows, or 4 bits and 4 bytes for 64
+    head, linear = big.vocab_size * big.hidden_dim, sum(out * inside for out, inside in big.shape().modules)
+    rows, rest = sum(out for out, _ in big.shape().modules), big.shape().parameters - linear
+    assert [found[kind]["gpus"] for kind in ("bfloat16", "int8", "nf4")] == [1, 1, 1]
+    assert found["bfloat16"]["weight_bytes"] == 2 * big.shape().parameters
+    assert found["int8"]["weight_bytes"] == 2 * rest + linear + 4 * rows
+    assert found["nf4"]["weight_bytes"] == 2 * rest + linear // 2 + linear // 16
+    assert found["bfloat16"]["working_bytes"] <= 2**33 and found["bfloat16"]["tokens"] > 4_096
+    small = describe(big, memory=2**33, gpu_memory=24 * 10**9)["on_gpus"]
+    assert (small["bfloat16"]["gpus"], small["int8"]["gpus"], small["nf4"]["gpus"]) == (4, 2, 1)
+    assert small["bfloat16"]["weight_bytes"] == -(-2 * big.shape().parameters // 4) + 2 * head
+    assert describe(big, memory=2**33, gpu_memory=2 * 10**9)["on_gpus"]["bfloat16"] is None
+
+
 def test_a_name_stands_for_its_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
 
@@ -155,13 +172,17 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "olmo-3-32b" in done.stdout and "49,152" in done.stdout and "100,278" in done.stdout
     done = run.invoke(app, ["models", "pythia-1b"])
     assert "EleutherAI/pythia-1b" in done.stdout and "1,011,781,632" in done.stdout
-    assert "128/128/64" in done.stdout and "16/8/28" in done.stdout
+    assert "128/128/64" in done.stdout and "16/8/28" in done.stdout and "on GPUs of 141 GB" in done.stdout
+    done = run.invoke(app, ["models", "olmo-3-32b", "--gpu-memory", "2GB"])
+    assert "does not fit on 16" in done.stdout
     monkeypatch.setitem(families.__dict__, "PRESETS", {"small": SMALL})
     done = run.invoke(app, ["models", "small", "--measure", "--tokens", "300", "--memory", "256MiB", "--device", "cpu"])
     assert "tokens/s" in done.stdout and "512 tokens" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--measure"], ["nothing"], ["pythia-14m", "--memory", "much"]])
+@pytest.mark.parametrize(
+    "arguments", [["--measure"], ["nothing"], ["pythia-14m", "--memory", "much"], ["pythia-14m", "--gpu-memory", "x"]]
+)
 def test_wrong_use(arguments: list[str]) -> None:
     done = CliRunner().invoke(app, ["models", *arguments])
     assert isinstance(done.exception, ConfigError)

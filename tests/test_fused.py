@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rise_ops.config import SketchConfig
 from rise_ops.head import ReadoutHead
+from rise_ops.residual_sketch import Way
 
 Signatures = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,10 +26,8 @@ def both(logits: np.ndarray[Any, Any], targets: list[int], config: SketchConfig)
     weight = torch.from_numpy(np.ascontiguousarray(logits.T, np.float32)) * config.temperature
     hidden = torch.eye(count)[:, None].repeat(1, 2, 1)
     ids = torch.tensor([[0, target] for target in targets])
-    found = [
-        ReadoutHead(weight, config, compiled=compiled).signatures(hidden, ids, [2] * count)
-        for compiled in (True, False)
-    ]
+    ways: tuple[Way, Way] = ("numba", "torch")
+    found = [ReadoutHead(weight, config, way=way).signatures(hidden, ids, [2] * count) for way in ways]
     assert all(each.shape == (count, config.dim) for each in found) and vocab == weight.shape[0]
     return found[0], found[1]
 

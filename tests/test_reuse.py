@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -42,6 +43,11 @@ class FakeSigner(Signer):
     def rows(self, texts: Sequence[str], **_: object) -> RowSignatures:
         self.asked += texts
         return signatures_of(texts)
+
+    def encode(self, texts: Sequence[str], **_: object) -> Any:
+        return texts
+
+    encoded_rows: Any = rows
 
 
 def signatures_of(texts: Sequence[str]) -> RowSignatures:
