@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def crc32c(data: memoryview, value: int = 0) -> int:
     """CRC-32C of a buffer, going on from `value`. Other threads run meanwhile, and nothing is copied."""
-    return checksums.crc32c(data, value)
+    return int(checksums.crc32c(data, value))
 
 
 def stored_crc32c(store: Store, key: str, *, size: int | None = None) -> int:

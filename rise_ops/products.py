@@ -60,14 +60,16 @@ def inner_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float3
     _multiply(rows.view(np.uint16), queries, out)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _widened(context: Any, half: Any) -> Any:
+def _widen(context: Any, half: Any) -> Any:
     """The float32 that the bits of a float16 stand for."""
 
     def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.uint16), generate
+
+
+_widened: Any = intrinsic(_widen)
 
 
 @compiled

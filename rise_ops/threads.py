@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache, partial
@@ -34,7 +34,7 @@ class ContextPool(ThreadPoolExecutor):
             yield pending.popleft().result()
 
 
-def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+def read_ahead(items: Iterable[T], count: int) -> Generator[T, None, None]:
     """Iterate with a thread that reads ahead, so that `count` items are held at most, the last one included."""
     iterator = iter(items)
     with ContextPool(1) as pool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rise_ops import indexing
+from rise_ops import index, indexing
 from rise_ops.config import CurationConfig
 from rise_ops.corpus import CorpusVersion
 from rise_ops.errors import IntegrityError, StoreError
@@ -57,13 +57,13 @@ def test_blocks_come_in_their_order(local: Store, config: CurationConfig, versio
 def test_a_block_is_written_while_the_next_is_computed(
     local: Store, config: CurationConfig, version: CorpusVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, total = indexing.write_block, len(block_rows(local, version))
+    write, total = index.write_block, len(block_rows(local, version))
     assert total > 3
     began = [threading.Event() for _ in range(total)]
     computed, written = list[int](), list[int]()
 
     class Announcing(FakeSigner):
-        def encoded_rows(self, encoded: Sequence[str], **_: object) -> RowSignatures:
+        def encoded_rows(self, encoded: Sequence[Any], **_: object) -> RowSignatures:
             began[len(computed)].set()
             computed.append(len(encoded))
             return self.rows(encoded)
@@ -83,7 +83,7 @@ def test_what_a_failed_step_leaves_is_whole(
     local: Store, config: CurationConfig, version: CorpusVersion, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """Writing the third block fails: the first two are there, and the next try computes the others."""
-    write, written = indexing.write_block, []
+    write, written = index.write_block, []
 
     def failing(store: Store, identity: str, block_id: str, *args: Any, **options: Any) -> BlockRecord:
         written.append((identity, block_id))

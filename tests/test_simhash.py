@@ -103,7 +103,7 @@ def test_products_in_float_are_those_of_integers(rows: int, monkeypatch: pytest.
     for has_int8 in (True, False):
         monkeypatch.setattr(code_search, "multiplies_int8", lambda there=has_int8: there)
         found.append(CodeScorer(queries).score(codes))
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], found[1])
     signs = np.unpackbits(codes, axis=1).astype(np.float64) * 2 - 1
     rounding = np.abs(queries).max(axis=1) / 254 * np.sqrt(1_024) * 5
     assert (np.abs(found[0] / scale(1_024) - signs @ queries.T) < rounding).all()

@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -192,7 +193,10 @@ def _read_all(store: Store, record: index.BlockRecord, chunks: int, count: int, 
     def read(chunk: int) -> None:
         if again and not hasattr(buffers, "own"):
             buffers.own = np.empty((record.chunk_rows, record.dim), np.float16)
-        index.read_chunk(store, IDENTITY, record, chunk, into=buffers.own if again else None)
+        if again:
+            deque(index.chunk_pieces(store, IDENTITY, record, chunk, into=buffers.own), maxlen=0)
+        else:
+            index.read_chunk(store, IDENTITY, record, chunk)
 
     with ExitStack() as stack:
         if not checked:
