@@ -66,7 +66,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip, with a reason, what cannot run here."""
+    """Skip, with a reason, what cannot run here. Files with slow tests come first, so that no worker ends up alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     no_s3 = pytest.mark.skip(reason="no S3 server; install moto (extra 'test') or Debian's radosgw")
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:

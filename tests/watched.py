@@ -41,18 +41,18 @@ def notes(folder: Path, kind: str) -> list[tuple[int, str]]:
 def _watch() -> None:
     if getattr(Signer, "watched", False):
         return
-    rows, load = Signer.rows, trunk.load_trunk
+    rows, load = Signer.encoded_rows, trunk.load_trunk
 
-    def counted(self: Signer, texts: Sequence[str], *, progress: Progress = silent) -> RowSignatures:
-        note("rows", len(texts))
-        return rows(self, texts, progress=progress)
+    def counted(self: Signer, encoded: Sequence[trunk.Encoded], *, progress: Progress = silent) -> RowSignatures:
+        note("rows", len(encoded))
+        return rows(self, encoded, progress=progress)
 
     def loaded(*arguments: Any) -> Any:
         note("loads", "model")
         return load(*arguments)
 
     vars(trunk)["load_trunk"] = loaded
-    Signer.rows = counted  # type: ignore[method-assign]
+    Signer.encoded_rows = counted  # type: ignore[method-assign]
     Signer.watched = True  # type: ignore[attr-defined]
 
 
