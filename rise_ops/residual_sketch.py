@@ -95,7 +95,8 @@ class ResidualSketcher:
         self._signs = tables.r.signs.to(device, torch.float32)
         self._codes = torch.from_numpy(column_codes(tables.r)).to(device)
         with torch.inference_mode():
-            self._projected = unembedding.projected(tables.g.matrix(device=device)) if "g" in names else None
+            self.projected = unembedding.projected(tables.g.matrix(device=device)) if "g" in names else None
+            """float32 [V, dim_g]: sketches of the weight's rows; None where g is not wanted."""
 
     def _whole_rows(self) -> int:
         """Rows of whole logits that are within the limit."""
@@ -161,7 +162,7 @@ class ResidualSketcher:
             return
         for found in self._residuals(hidden, targets, buffer):
             rows = slice(None) if found.rows is None else found.rows
-            for name, sketches in self._by_tensors(found, targets[rows]).items():
+            for name, sketches in self.by_tensors(found, targets[rows]).items():
                 factors[name][positions[rows]] = sketches
 
     def _sketch_numba(
@@ -181,9 +182,9 @@ class ResidualSketcher:
             targets.numpy(),
             positions.numpy(),
             codes=self._codes.numpy(),
-            projected=nothing if self._projected is None else self._projected.numpy(),
+            projected=nothing if self.projected is None else self.projected.numpy(),
             out_r=factors["r"].numpy() if self._with_r else nothing,
-            out_g=factors["g"].numpy() if self._projected is not None else nothing,
+            out_g=factors["g"].numpy() if self.projected is not None else nothing,
             config=self.config,
         )
 
@@ -200,12 +201,13 @@ class ResidualSketcher:
             return [residuals_of(self._candidates(hidden, targets, self._top_k), targets, self.config)]
         return residuals(self._unembedding.scaled(hidden, self.config.temperature, out=buffer), targets, self.config)
 
-    def _by_tensors(self, found: Residuals, targets: torch.Tensor) -> Sketches:
+    def by_tensors(self, found: Residuals, targets: torch.Tensor) -> Sketches:
+        """Sketches of residuals, of unit length, by tensor operations."""
         sketches = {}
         if self._with_r:
             sketches["r"] = self._unit(self._sketch_r(found, targets))
-        if self._projected is not None:
-            sketches["g"] = self._unit(self._sketch_g(found, self._projected))
+        if self.projected is not None:
+            sketches["g"] = self._unit(self._sketch_g(found, self.projected))
         return sketches
 
     def _by_kernels(self, hidden: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor) -> Sketches:
@@ -218,7 +220,7 @@ class ResidualSketcher:
             own = scaled.gather(1, targets[:, None]).squeeze(1)
             found = Candidates(*kernels.top_entries(scaled, self._top_k), own)
         codes = self._codes if self._with_r else None
-        return kernels.sketches(found, targets, codes=codes, projected=self._projected, config=self.config)
+        return kernels.sketches(found, targets, codes=codes, projected=self.projected, config=self.config)
 
     def _prove(self, hidden: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor) -> None:
         """Hold kernels against tensor operations on some positions; go on with these if they differ."""
@@ -248,7 +250,7 @@ class ResidualSketcher:
             return f"cannot run ({type(error).__name__}: {error})"
         for found in self._residuals(hidden, targets, buffer):
             rows = slice(None) if found.rows is None else found.rows
-            for name, expected in self._by_tensors(found, targets[rows]).items():
+            for name, expected in self.by_tensors(found, targets[rows]).items():
                 given, checked = by_kernels[name][rows], decided[rows]
                 same = (given - expected).norm(dim=1) <= _APART
                 same |= given.isnan().all(dim=1) & expected.isnan().all(dim=1)
