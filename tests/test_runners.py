@@ -108,7 +108,7 @@ def test_a_killed_worker_costs_its_blocks_and_changes_no_result(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_harness")
-@pytest.mark.parametrize("kind", CLUSTERS)
+@pytest.mark.parametrize("kind", ["dask", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_a_task_that_kills_every_worker_fails_the_run_by_name(
     kind: str, corpus: Path, watch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,7 +151,14 @@ def broken_model(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [broken_store, broken_sources, broken_model])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        broken_store,
+        pytest.param(broken_sources, marks=pytest.mark.thorough),
+        pytest.param(broken_model, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_run_that_fails_holds_no_secret(tmp_path: Path, broken: Callable[[Path], list[str]]) -> None:
     path = write_curation(tmp_path / "curation")
     with refusing() as endpoint:
