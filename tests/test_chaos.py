@@ -29,8 +29,13 @@ from rise_ops.verify import verify_store
 from tests.conftest import prefect_child_environment
 from tests.curation import ROWS, load, write_curation
 
-CHAINS = 5
-"""Stores a backend; each sees two kills: 20 in all, the first of them in each of the folders that a run writes to."""
+CHAINS = [
+    ("local", 4),
+    pytest.param("s3", 2, marks=pytest.mark.s3),
+    pytest.param("local", 10, marks=pytest.mark.thorough),
+    pytest.param("s3", 10, marks=[pytest.mark.s3, pytest.mark.thorough]),
+]
+"""Backend, and stores; each sees two kills. Ten stores: the first kill in each of the folders that a run writes to."""
 WRITTEN = {"array", "blocks", "corpora", "exports", "indexes", "objects", "runs", "scores", "snapshots", "targets"}
 """Where the stages of a run write."""
 
@@ -65,9 +70,9 @@ def _signatures(store: Store) -> dict[str, bytes]:
     return {key: store.get(key) for key in keys}
 
 
-@pytest.mark.parametrize("backend", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.mark.parametrize(("backend", "chains"), CHAINS)
 def test_killed_runs_resume_to_the_same_export(
-    backend: str, tmp_path: Path, request: pytest.FixtureRequest, record_property: Any
+    backend: str, chains: int, tmp_path: Path, request: pytest.FixtureRequest, record_property: Any
 ) -> None:
     path = write_curation(tmp_path)
     root = str(tmp_path / "stores")
@@ -116,7 +121,7 @@ def test_killed_runs_resume_to_the_same_export(
         return kills
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kills = [place for chain_kills in pool.map(chain, range(CHAINS)) for place in chain_kills]
+        kills = [place for chain_kills in pool.map(chain, range(chains)) for place in chain_kills]
     record_property("kills", f"{len(kills)} of {len(steps)} steps: {Counter(kills)}")
     assert len(kills) == 2 * CHAINS
     assert len(set(kills)) >= min(CHAINS, len(places))

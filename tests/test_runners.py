@@ -165,6 +165,7 @@ def test_a_running_dask_cluster_gets_tasks_with_the_model_where_a_gpu_is(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("prefect_harness")
 def test_a_running_ray_cluster_gives_tasks_with_the_model_a_gpu(corpus: Path, watch: Path, tmp_path: Path) -> None:
     port, folder = _free_port(), tempfile.mkdtemp(prefix="ray-")  # a socket's path may have at most 107 characters
