@@ -78,7 +78,7 @@ def _break(path: Path, how: str) -> None:
         path.write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("how", ["missing", "flipped", "cut"])
+@pytest.mark.parametrize("how", ["missing", "flipped", pytest.param("cut", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_broken_is_named_and_made_again(config: CurationConfig, kind: str, how: str) -> None:
     store = Store(config.store)
