@@ -20,13 +20,12 @@ Compiled by Numba when first called, which takes some seconds, and kept in its c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from rise_ops.compiled import compiled
 from rise_ops.config import SketchConfig
 
 Float32Array = npt.NDArray[np.float32]
@@ -44,17 +43,6 @@ _BUCKET_ROWS = 48
 Array = Any
 Scalar = Any
 """A float32 or an integer; Numba infers which."""
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile without the interpreter's lock; keep the result where there is a place for it."""
-    # Sums in any order, or they would not be vectors; but no "nnan": what is not a number must stay so.
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-    try:
-        compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the user's can be written
-        compiled = numba.njit(**options)(function)
-    return cast(Callable[..., Any], compiled)
 
 
 def group_size(vocab_size: int, top_k: int) -> int:
@@ -95,7 +83,7 @@ def sketch_residuals(
     )  # fmt: skip
 
 
-@_compiled
+@compiled
 def _sketch_positions(
     scaled: Array, targets: Array, places: Array, codes: Array, projected: Array, out_r: Array, out_g: Array,
     size: Scalar, top_k: Scalar, mass: Scalar, min_support: Scalar, adaptive: Scalar,
@@ -145,7 +133,7 @@ def _sketch_positions(
         _write(ordered[1], weights, kept, target, own, codes, projected, histogram, out_r[place], out_g[place], eps)
 
 
-@_compiled
+@compiled
 def _maxima(logits: Array, groups: Scalar, maxima: Array) -> Scalar:
     """Largest entry of every group; whether all entries are numbers."""
     bad = np.int32(0)
@@ -163,7 +151,7 @@ def _maxima(logits: Array, groups: Scalar, maxima: Array) -> Scalar:
     return bad == 0
 
 
-@_compiled
+@compiled
 def _reach(maxima: Array, floor: Scalar) -> Scalar:
     """How many reach the floor."""
     reached = np.int32(0)
@@ -172,7 +160,7 @@ def _reach(maxima: Array, floor: Scalar) -> Scalar:
     return reached
 
 
-@_compiled
+@compiled
 def _floor(maxima: Array, top: Scalar, k: Scalar, depth: Scalar) -> Scalar:
     """A number that at least k maxima reach, and few more, unless many are equal.
 
@@ -196,7 +184,7 @@ def _floor(maxima: Array, top: Scalar, k: Scalar, depth: Scalar) -> Scalar:
     return low
 
 
-@_compiled
+@compiled
 def _candidates(logits: Array, groups: Scalar, maxima: Array, floor: Scalar, found: Array, scratch: Array) -> Scalar:
     """Entries that reach the floor, and their columns; their number.
 
@@ -218,7 +206,7 @@ def _candidates(logits: Array, groups: Scalar, maxima: Array, floor: Scalar, fou
     return count
 
 
-@_compiled
+@compiled
 def _sort(found: Array, count: Scalar, top: Scalar, floor: Scalar, ordered: Array, starts: Array) -> None:
     """Candidates, the largest first; equal ones in their order."""
     values, columns = found
@@ -249,7 +237,7 @@ def _sort(found: Array, count: Scalar, top: Scalar, floor: Scalar, ordered: Arra
         into[place], into_columns[place] = value, column
 
 
-@_compiled
+@compiled
 def _kept_of_few(
     ordered: Array,
     count: Scalar,
@@ -275,7 +263,7 @@ def _kept_of_few(
     return kept if kept and kept == _prefix(weights, count, np.float32(mass * most)) else 0
 
 
-@_compiled
+@compiled
 def _kept_of_all(
     ordered: Array, top: Scalar, target: Scalar, logit: Scalar, weights: Array, top_k: Scalar, mass: Scalar,
     adaptive: Scalar,
@@ -297,7 +285,7 @@ def _kept_of_all(
     return _prefix(weights, top_k, np.float32(mass * total)) or top_k
 
 
-@_compiled
+@compiled
 def _prefix(weights: Array, count: Scalar, wanted: Scalar) -> Scalar:
     """How many weights from the first on have the sum; 0 where all together have not."""
     summed = np.float32(0)
@@ -308,7 +296,7 @@ def _prefix(weights: Array, count: Scalar, wanted: Scalar) -> Scalar:
     return 0
 
 
-@_compiled
+@compiled
 def _write(
     columns: Array, weights: Array, kept: Scalar, target: Scalar, own: Scalar, codes: Array, projected: Array,
     histogram: Array, out_r: Array, out_g: Array, eps: Scalar,
@@ -341,7 +329,7 @@ def _write(
         _to_unit(out_g, eps)
 
 
-@_compiled
+@compiled
 def _add_rows(into: Array, rows: Array, places: Array, weights: Array, count: Scalar) -> None:
     """Add weighted rows, four at a time: each sum is written a quarter as often."""
     whole = count - count % 4
@@ -357,7 +345,7 @@ def _add_rows(into: Array, rows: Array, places: Array, weights: Array, count: Sc
             into[place] += weights[slot] * row[place]
 
 
-@_compiled
+@compiled
 def _to_unit(x: Array, eps: Scalar) -> None:
     squares = np.float32(0)
     for place in range(x.shape[0]):

@@ -121,7 +121,7 @@ class _Work:
         texts = read_texts(self.store, block_id)
         record = completed_block(self.store, self.identity, block_id, rows=len(texts), dim=self.dim)
         wanted = self.ahead and record is None and block_id not in self.reuse
-        return _Block(block_id, texts, record, self.signer().encode(texts) if wanted else None)
+        return _Block(block_id, texts, record, self.signer().trunk.encode(texts) if wanted else None)
 
     def write(self, block: _Block) -> Callable[[], BlockRecord]:
         """Compute a block's signatures, unless it is complete; what comes back stores them."""

@@ -123,14 +123,10 @@ class Signer:
         LimitError
             One chunk alone does not fit on the device.
         """
-        return self.encoded_rows(self.encode(texts), progress=progress)
-
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokens of whole texts. Other threads may compute signatures meanwhile."""
-        return self.trunk.encode(texts)
+        return self.encoded_rows(self.trunk.encode(texts), progress=progress)
 
     def encoded_rows(self, encoded: Sequence[Encoded], *, progress: Progress = silent) -> RowSignatures:
-        """`rows` of what `encode` has made of the texts."""
+        """`rows` of what `Trunk.encode` has made of the texts, perhaps in another thread."""
         chunks = [row_chunks(row, len(found.ids)) for row, found in enumerate(encoded)]
         return self._sign(encoded, chunks, progress=progress)
 
