@@ -46,6 +46,7 @@ class LogFormat(StrEnum):
     json = "json"
 
 
+AnyFlow = Callable[..., dict[str, Any]]
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a.b=value.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of stdout.")]
@@ -352,24 +353,30 @@ def evaluate(
 @app.command()
 def compare(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
     """RISE and its alternatives side by side on the same rows, queries and model: quality, time, memory, bytes."""
-    from flows.compare import compare as compare_flow
     from flows.console import show_comparison
     from rise_ops.config import load_config
 
-    loaded = load_config(config, overrides=set_ or [])
-    summary = _as_flow(lambda: compare_flow(loaded))
+    def load() -> AnyFlow:
+        from flows.compare import compare
+
+        return compare
+
+    summary = _as_flow(load, load_config(config, overrides=set_ or []))
     _emit(summary, json_, lambda: show_comparison(summary))
 
 
 @app.command(name="closed-loop")
 def closed_loop(config: Config, set_: Overrides = None, json_: AsJson = False) -> None:
     """Train the model on what RISE and others select at one budget, and measure what each selection is worth."""
-    from flows.closed_loop import closed_loop as closed_loop_flow
     from flows.console import show_closed_loop
     from rise_ops.config import load_config
 
-    loaded = load_config(config, overrides=set_ or [])
-    summary = _as_flow(lambda: closed_loop_flow(loaded))
+    def load() -> AnyFlow:
+        from flows.closed_loop import closed_loop
+
+        return closed_loop
+
+    summary = _as_flow(load, load_config(config, overrides=set_ or []))
     _emit(summary, json_, lambda: show_closed_loop(summary))
 
 
@@ -395,7 +402,7 @@ def paper(
         raise ConfigError(f"{task}: not one of {', '.join(TASKS)}")
     options = {"filler": filler or [], "dilute": _decimals(dilute, "--dilute"), "seeds": seeds,
                "limits": {"memory": memory}}  # fmt: skip
-    found = _as_flow(lambda: TASKS[task](store, pool, queries, trained, base, options))
+    found = _as_flow(lambda: TASKS[task], store, pool, queries, trained, base, options)
 
     def show() -> None:
         for setting, summary in found.items():
@@ -593,24 +600,36 @@ def _run_until(until: Until, config: Path, overrides: list[str] | None, json_: b
 
 
 def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict[str, Any]:
-    from flows.curate import curate
+    def load() -> AnyFlow:
+        from flows.curate import curate
 
-    return _as_flow(lambda: curate(config, until, deep=deep))
+        return curate
+
+    return _as_flow(load, config, until, deep=deep)
 
 
-def _as_flow(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run a flow, on a temporary server where none is configured, with bars for its stages."""
-    from flows.console import note, progress_bars
-    from flows.temporary_server import temporary_server
-    from tasks.progress import listening
+def _as_flow(load: Callable[[], AnyFlow], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Run a flow, on a temporary server where none is configured, with bars for its stages.
 
+    The flow is imported, with the libraries that it needs, while that server starts.
+    """
     with ExitStack() as stack:
+        server = None
         if not _has_server():
-            note("starting a temporary Prefect server (10 to 30 s; set PREFECT_API_URL to use one that runs)")
-            stack.enter_context(temporary_server())
+            from flows.console import note
+            from flows.temporary_server import TemporaryServer
+
+            note("starting a temporary Prefect server (5 to 20 s; set PREFECT_API_URL to use one that runs)")
+            server = TemporaryServer()
+        flow = load()
+        from flows.console import progress_bars
+        from tasks.progress import listening
+
+        if server is not None:
+            stack.enter_context(server.in_use())
         stack.enter_context(listening(stack.enter_context(progress_bars())))
         try:
-            return run()
+            return flow(*arguments, **options)
         except KeyboardInterrupt:
             typer.echo("curate: interrupted; give the same command again to go on", err=True)
             raise

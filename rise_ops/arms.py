@@ -27,7 +27,7 @@ from rise_ops.baselines.base import Query, Setting
 from rise_ops.baselines.bm25 import Bm25
 from rise_ops.blocks import parquet_bytes, read_stored, read_texts
 from rise_ops.compare_config import Arm, Bm25Method, ClosedLoopConfig
-from rise_ops.comparison import StoreRows, refuse_if_too_large
+from rise_ops.comparison import StoreRows, refuse_infeasible
 from rise_ops.config import CurationConfig
 from rise_ops.errors import ConfigError
 from rise_ops.exclusion import TIE
@@ -209,7 +209,7 @@ def mean_relevance(store: Store, config: CurationConfig, candidates: Candidates,
         setting = Setting(config.model, config.sketch, model_shape(config.model), Scratch(folder, memory // 4), memory,
                           len(rows), size, len(queries), seed=0)  # fmt: skip
         method = Bm25(setting, Bm25Method(method="bm25"))
-        refuse_if_too_large(method, "bm25")
+        refuse_infeasible(method, "bm25")
         method.build(rows)
         means = np.concatenate([scores.mean(axis=1) for scores in method.scores(rows, queries)])
     starts = dict(zip(blocks, np.cumsum([0, *blocks.values()]).tolist(), strict=False))

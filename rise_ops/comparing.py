@@ -17,7 +17,7 @@ from rise_ops.comparison import (
     method_key,
     method_seeds,
     open_material,
-    refuse_if_too_large,
+    refuse_infeasible,
     setting_of,
 )
 from rise_ops.config import CurationConfig
@@ -108,7 +108,7 @@ def measure(store: Store, config: CurationConfig, version: CorpusVersion, *, fac
         waiting = method.model_copy(update={"temperature": None}) if isinstance(method, RiseMethod) else method
         opened = open_method(waiting, setting_of(config, material, known, scratch=Scratch(Path(), 0), seed=seed))
         about["need"] = asdict(opened.need())
-        refuse_if_too_large(opened, method.method)
+        refuse_infeasible(opened, method.method)
         found = _outcome(store, config, version, material, facts=known, method=method, seed=seed, run_id=run_id,
                          progress=progress)  # fmt: skip
     except _OF_THE_METHOD as error:

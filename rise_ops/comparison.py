@@ -236,7 +236,7 @@ def run_method(store: Store, config: CurationConfig, material: Material, facts: 
     with spool() as folder:
         scratch = Scratch(folder, _SCRATCH_BYTES)
         opened = open_method(method, setting_of(config, material, facts, scratch=scratch, seed=seed))
-        refuse_if_too_large(opened, method.method)
+        refuse_infeasible(opened, method.method)
         load_seconds, _ = _timed(opened.load)
         loaded = memory_now()
         index_seconds, stored = _timed(partial(opened.build, rows, progress=progress))
@@ -254,14 +254,19 @@ def run_method(store: Store, config: CurationConfig, material: Material, facts: 
         )
 
 
-def refuse_if_too_large(method: Method, name: str) -> None:
-    """Raise where a method needs more working memory than it may take.
+def refuse_infeasible(method: Method, name: str) -> None:
+    """Raise where a method needs more working memory than it may take, or gradients that the model does not have.
 
     Raises
     ------
     LimitError
-        With the figure that says so.
+        With what says so.
     """
+    if method.differentiates and not method.setting.model.is_plain:
+        raise LimitError(
+            f"{name} computes gradients of the model's weights in one process on one device; leave out "
+            "model.device_map, quantization, tensor_parallel and backend for it"
+        )
     need, memory = method.need(), method.setting.memory
     if need.bytes > memory:
         raise LimitError(

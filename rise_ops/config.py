@@ -353,8 +353,7 @@ class CurationConfig(Section):
 
     @model_validator(mode="after")
     def _training_needs_the_plain_model(self) -> CurationConfig:
-        model = self.model
-        if self.closed_loop is not None and (model.device_map or model.quantization or not model.in_one_process):
+        if self.closed_loop is not None and not self.model.is_plain:
             raise ValueError(
                 "'closed_loop' trains the model in one process on one device; leave out model.device_map, "
                 "quantization, tensor_parallel and backend"

@@ -80,6 +80,10 @@ class WorkerError(CurationError):
     """Processes that run tasks died over one, or cannot be reached."""
 
 
+class ServerError(CurationError):
+    """The server that runs report to does not start, or does not answer."""
+
+
 class TransientError(CurationError):
     """A fault that is expected to pass: a throttled, reset or timed-out request."""
 

@@ -144,7 +144,7 @@ def text_chunks(
 @torch.inference_mode()
 def read_factors(trunk: Trunk, sketch: SketchConfig, batches: Sequence[HiddenChunks]) -> Factors:
     """Factors of the chunks of whole rows; rows in ascending order."""
-    weight = trunk.model.get_output_embeddings().weight.float()
+    weight = trunk.unembedding.float()
     order, parts = [], []
     for batch in batches:
         for slot, chunk in enumerate(batch.chunks):

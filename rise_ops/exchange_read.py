@@ -242,7 +242,7 @@ class ReferenceIndex:
                     f"{self.folder / MANIFEST}: attrs.model.{name} is {theirs:,}, that of model {model.name} {ours:,}; "
                     "configure the model that the index was built with"
                 )
-        self._refuse_other_head(trunk.model.get_output_embeddings().weight, model.name)
+        self._refuse_other_head(trunk.unembedding, model.name)
         named = self.model.name_or_path
         if named and not any_name and _last_part(named) != _last_part(model.name):
             raise ModelError(

@@ -52,6 +52,7 @@ from rise_ops.exchange import (
     unembedding_probe,
 )
 from rise_ops.index import BlockRecord, read_chunk, read_counts, read_record
+from rise_ops.model_shape import model_outline
 from rise_ops.progress import Progress, silent
 from rise_ops.session import IndexedCorpus, block_rows, open_indexed
 from rise_ops.sketch import SketchTables, load_tables
@@ -179,9 +180,9 @@ def _plan(store: Store, config: CurationConfig, indexed: IndexedCorpus, tables: 
     if with_model:
         trunk = load_trunk(config.model)
         model["backend"] = "hf"
-        model["architecture"] = type(trunk.model).__name__
+        model["architecture"] = type(model_outline(config.model)).__name__
         model["dtype"] = str(trunk.dtype).removeprefix("torch.")
-        model["unembedding_probe"] = unembedding_probe(trunk.model.get_output_embeddings().weight)
+        model["unembedding_probe"] = unembedding_probe(trunk.unembedding)
         tokenizer |= {"class": type(trunk.tokenizer).__name__, "size": len(trunk.tokenizer)}
     attributes = {
         "workload": WORKLOAD,

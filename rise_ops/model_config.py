@@ -78,3 +78,8 @@ class ModelConfig(Section):
     def in_one_process(self) -> bool:
         """Whether the model itself, with all its modules, is in the process that asks for it."""
         return self.tensor_parallel == 1 and self.backend == "transformers"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model itself is in one process on one device, with weights that have gradients."""
+        return self.in_one_process and self.device_map is None and self.quantization is None

@@ -228,6 +228,17 @@ def test_a_method_that_does_not_fit_is_told_of_with_its_figure(config: CurationC
     assert "limits.memory allows 1 MiB" in found["reason"]
 
 
+@pytest.mark.parametrize("name", ["rapidin", "trackstar"])
+def test_gradients_of_quantised_weights_are_refused_before_loading(config: CurationConfig, name: str) -> None:
+    store, version = _ingested(config)
+    facts = find_facts(store, config, version)
+    (method,) = _with(config, methods=[name]).compare.methods
+    rounded = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "int8"})})
+    found = measure(store, rounded, version, facts=facts, method=method, seed=0, run_id="test")
+    assert (found["status"], found["need"]["bytes"] > 0) == ("infeasible", True)
+    assert "leave out model.device_map, quantization" in found["reason"]
+
+
 def test_every_method_says_where_it_is_from() -> None:
     for name, method in METHODS.items():
         assert method.paper, name

@@ -88,6 +88,8 @@ class Method(ABC):
     draws = False
     """Whether another seed gives other scores."""
     asks_model = True
+    differentiates = False
+    """Whether it computes gradients of the model's weights."""
     trunk: Trunk
     """There once it is loaded."""
 

@@ -81,6 +81,7 @@ class RapidIn(VectorMethod):
 
     paper = "arXiv 2405.11724"
     draws = True
+    differentiates = True
 
     def __init__(self, setting: Setting, config: RapidInMethod) -> None:
         super().__init__(setting)

@@ -37,6 +37,7 @@ class TrackStar(VectorMethod):
 
     paper = "arXiv 2410.17413"
     draws = True
+    differentiates = True
 
     def __init__(self, setting: Setting, config: TrackStarMethod) -> None:
         super().__init__(setting)

@@ -1,0 +1,114 @@
+"""The temporary Prefect server, with small programs in its place: how it starts, fails, and ends.
+
+The real one is behind every test that runs the command without a server.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, get_current_settings, temporary_settings
+
+from flows import temporary_server as module
+from flows.temporary_server import TemporaryServer
+from rise_ops.errors import ServerError
+
+_ANSWERS = """
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/api/health" else 404)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
+    print("listening", file=sys.stderr)
+    server.serve_forever()
+"""
+
+
+@pytest.fixture
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a line for every start of the program."""
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
+    return tmp_path / "starts"
+
+
+def _program(starts: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = f"import os, sys, time; open({str(starts)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+    monkeypatch.setattr(module, "_COMMAND", ["-c", head + textwrap.dedent(body)])
+
+
+@contextmanager
+def closing(server: TemporaryServer) -> Iterator[TemporaryServer]:
+    """Stop it before the process ends."""
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _started(starts: Path) -> list[int]:
+    return [int(line) for line in starts.read_text().splitlines()]
+
+
+def _is_alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def test_clients_use_it_until_it_is_stopped(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(starts, _ANSWERS, monkeypatch)
+    before = get_current_settings().api.url
+    with closing(TemporaryServer()) as server:
+        assert get_current_settings().api.url == before
+        with server.in_use():
+            assert str(get_current_settings().api.url).startswith("http://127.0.0.1:")
+            (process,) = _started(starts)
+            assert _is_alive(process)
+    assert get_current_settings().api.url == before
+    assert not _is_alive(process)
+
+
+def test_nothing_waits_for_it_before_it_is_used(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(starts, "time.sleep(60)", monkeypatch)
+    begun = time.monotonic()
+    with closing(TemporaryServer()):
+        pass
+    assert time.monotonic() - begun < 30
+
+
+def test_a_port_that_was_taken_meanwhile_is_given_up(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = f"if len(open({str(starts)!r}).readlines()) == 1: sys.exit(1)\n"
+    _program(starts, first + textwrap.dedent(_ANSWERS), monkeypatch)
+    with closing(TemporaryServer()) as server, server.in_use():
+        assert len(_started(starts)) == 2
+
+
+@pytest.mark.parametrize(("status", "tries"), [(1, 3), (3, 1)])
+def test_one_that_ends_is_told_of_with_its_last_words(
+    starts: Path, monkeypatch: pytest.MonkeyPatch, status: int, tries: int
+) -> None:
+    _program(starts, f"print('no such table\\n', file=sys.stderr); sys.exit({status})", monkeypatch)
+    with (
+        closing(TemporaryServer()) as server,
+        pytest.raises(ServerError, match="ended: no such table; set PREFECT"),
+    ):
+        server.in_use().__enter__()
+    assert len(_started(starts)) == tries
+
+
+def test_one_that_never_answers_is_told_of_and_ended(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(starts, "time.sleep(60)", monkeypatch)
+    with (
+        temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 1}),
+        closing(TemporaryServer()) as server,
+        pytest.raises(ServerError, match="did not answer within 1 s"),
+    ):
+        server.in_use().__enter__()
+    (process,) = _started(starts)
+    assert not _is_alive(process)
