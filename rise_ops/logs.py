@@ -49,18 +49,16 @@ def log_fields(
 def each_block(items: Iterable[T], block_id: Callable[[T], str]) -> Iterator[T]:
     """The same items, one by one; records that are logged until the next one carry the id of its block.
 
-    It stays with what is logged of an error that ends the loop, until the context around the loop ends; where there
-    is none, it goes with the loop.
+    It stays with what is logged of an error that ends the loop, until the context around the loop (`log_fields`) ends.
+    Where there is none, nothing would end it, and records carry no block.
     """
     before = _fields.get()
-    try:
-        for item in items:
-            _fields.set({**before, "block_id": block_id(item)})
-            yield item
-    except GeneratorExit:
-        if not before:
-            _fields.set(before)
-        raise
+    if not before:
+        yield from items
+        return
+    for item in items:
+        _fields.set({**before, "block_id": block_id(item)})
+        yield item
     _fields.set(before)
 
 

@@ -103,6 +103,8 @@ def plan_weights(config: ModelConfig, *, working: int) -> WeightPlan:
     outline = model_outline(config)
     dtype = loaded_dtype(config, outline.config, device)
     stored = stored_quantization(outline.config)
+    if device.type == "cpu" and (config.quantization == "nf4" or (stored or {}).get("load_in_4bit")):
+        _refuse_odd_modules(outline, config.name)
     sizes = parameter_bytes(outline, dtype, _stored_bits(stored) if stored else BITS.get(config.quantization or ""))
     shape, total = shape_of_model(outline), sum(sizes.values())
     head = shape.vocab_size * shape.hidden_dim * dtype.itemsize
@@ -115,6 +117,16 @@ def plan_weights(config: ModelConfig, *, working: int) -> WeightPlan:
         places = _split(total, config.tensor_parallel, device, head=head)
     on = next((place for place in places if place.startswith("cuda")), "cpu")
     return WeightPlan(config.name, kind, dtype, shape, total, places, torch.device(on))
+
+
+def _refuse_odd_modules(model: Any, name: str) -> None:
+    """On processors with bfloat16 products bitsandbytes packs 32 rows of blocks of 64, and fails at any others."""
+    for _, out, inside in linear_modules(model):
+        if out % 32 or inside % 64:
+            raise ModelError(
+                f"model {name} has a linear module of {out} rows of {inside}; nf4 on a CPU takes multiples of 32 rows "
+                "and of 64 columns, use int8"
+            )
 
 
 def loaded_dtype(config: ModelConfig, settings: Any, device: torch.device) -> torch.dtype:

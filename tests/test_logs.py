@@ -97,6 +97,14 @@ def test_an_error_in_a_block_is_logged_with_the_block_and_the_next_task_is_not(l
     assert elsewhere["block_id"] is None
 
 
+def test_a_loop_that_an_error_ends_outside_of_every_run_leaves_nothing(lines: list[str]) -> None:
+    blocks = each_block([BLOCK, "next"], str)
+    next(blocks)
+    _logger.info("elsewhere, while somebody holds the loop")
+    assert json.loads(lines[0])["block_id"] is None
+    assert list(blocks) == ["next"]
+
+
 def test_threads_of_ours_log_for_who_started_them(lines: list[str]) -> None:
     def work(name: str) -> None:
         with log_fields(run_id=name), ContextPool(2) as pool:

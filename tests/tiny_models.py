@@ -72,12 +72,18 @@ FAMILIES: dict[str, Callable[[int, int], Any]] = {
 }
 
 
-def save(family: str, folder: Path, *, vocab_size: int = VOCABULARY, positions: int = 1024) -> Path:
-    """Write a random model of a family, the same one every time, and its tokenizer. Returns the folder."""
+def save(family: str, folder: Path, *, vocab_size: int = VOCABULARY, positions: int = 1024, **changes: Any) -> Path:
+    """Write a random model of a family, the same one every time, and its tokenizer. Returns the folder.
+
+    `changes` are made in its configuration.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](vocab_size, positions))
+    config = FAMILIES[family](vocab_size, positions)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("lm_head.bias"):
             torch.nn.init.normal_(parameter)
