@@ -15,6 +15,11 @@ def crc32c(data: memoryview, value: int = 0) -> int:
     return int(checksums.crc32c(data, value))
 
 
+def combine_crc32c(first: int, second: int, size: int) -> int:
+    """CRC-32C of two buffers one after the other, from that of each and the bytes of the second."""
+    return int(checksums.combine_crc32c(first, second, size))
+
+
 def stored_crc32c(store: Store, key: str, *, size: int | None = None) -> int:
     """CRC-32C of an object as it is stored, whoever wrote it; some megabytes of it are in memory at a time.
 

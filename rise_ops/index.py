@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -396,34 +396,42 @@ def read_chunk(store: Store, identity: str, record: BlockRecord, chunk: int) -> 
     IntegrityError
         The chunk is missing or differs from its checksum.
     """
-    data = _read_checked(store, identity, record, f"signature/c/{chunk}/0")
-    rows = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
-    return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
+    return _rows_of(_read_checked(store, identity, record, f"signature/c/{chunk}/0"), record, chunk)
 
 
-def chunk_pieces(store: Store, identity: str, record: BlockRecord, chunk: int, *, into: Float16Array) -> Iterator[int]:
-    """Read a chunk of a store on a disk in small pieces: bytes read so far, whenever there are more.
+def map_chunk(
+    store: Store, identity: str, record: BlockRecord, chunk: int
+) -> tuple[Float16Array, Callable[[int], None]]:
+    """The rows of one chunk of a store on a disk, where the system has them, and what holds their checksum.
 
-    What is there is not checked before the iterator has come to its end.
-
-    Parameters
-    ----------
-    into
-        [rows, record.dim], in one piece: where the rows are put, from its beginning again when it is full.
+    The function takes the CRC-32C of the rows' bytes, and raises IntegrityError where it is not what was written.
 
     Raises
     ------
     IntegrityError
-        At the end: the chunk is missing or differs from its checksum.
+        The chunk is missing or has another size.
     """
-    key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
-    value = done = 0
+    key = _chunk_key(identity, record, chunk)
     with _named(store, key):
-        for piece in store.pieces(key, into=into.data.cast("B")):
-            value = crc32c(piece, value)
-            done += len(piece)
-            yield done
-    _refuse_other(store, key, value, record.crc32c.get(f"signature/c/{chunk}/0"))
+        data = store.mapped(key)
+    if len(data) != 2 * record.chunk_rows * record.dim:
+        _refuse(store, key)
+    rows = _rows_of(data, record, chunk)
+
+    def check(value: int) -> None:
+        if crc32c(data[rows.nbytes :], value) != record.crc32c.get(f"signature/c/{chunk}/0"):
+            _refuse(store, key)
+
+    return rows, check
+
+
+def _rows_of(data: memoryview, record: BlockRecord, chunk: int) -> Float16Array:
+    rows = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
+    return np.frombuffer(data, dtype="<f2").reshape(record.chunk_rows, record.dim)[:rows]
+
+
+def _chunk_key(identity: str, record: BlockRecord, chunk: int) -> str:
+    return f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
 
 
 def read_rows(store: Store, identity: str, places: Sequence[tuple[BlockRecord, int]], *,
@@ -447,7 +455,7 @@ def read_rows(store: Store, identity: str, places: Sequence[tuple[BlockRecord, i
     def read(number: int) -> Float16Array:
         record, place = places[number]
         chunk, row = divmod(place, record.chunk_rows)
-        key = f"indexes/{identity}/blocks/{record.block_id}.zarr/signature/c/{chunk}/0"
+        key = _chunk_key(identity, record, chunk)
 
         def look() -> Float16Array:
             data = _read_range(store, key, 2 * row * record.dim, 2 * record.dim)
@@ -499,7 +507,8 @@ def _read_checked(store: Store, identity: str, record: BlockRecord, name: str) -
 def _read_once(store: Store, key: str, expected: int | None) -> memoryview:
     with _named(store, key):
         data = store.get_buffer(key)
-    _refuse_other(store, key, crc32c(data), expected)
+    if crc32c(data) != expected:
+        _refuse(store, key)
     return data
 
 
@@ -513,13 +522,12 @@ def _named(store: Store, key: str) -> Iterator[None]:
         ) from None
 
 
-def _refuse_other(store: Store, key: str, found: int, expected: int | None) -> None:
-    if found != expected:
-        raise DamagedError(
-            f"{store.url(key)} does not match the checksum in its block's record; `curate verify --deep` notes it, and "
-            "the next run computes it again",
-            store.url(key),
-        )
+def _refuse(store: Store, key: str) -> NoReturn:
+    raise DamagedError(
+        f"{store.url(key)} does not match the checksum in its block's record; `curate verify --deep` notes it, and "
+        "the next run computes it again",
+        store.url(key),
+    )
 
 
 def _is_whole(sizes: Mapping[str, int], prefix: str, rows: int, dim: int) -> bool:

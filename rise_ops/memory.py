@@ -21,9 +21,7 @@ from rise_ops.errors import LimitError
 
 MIB = 2**20
 TILE_ROWS = 176
-"""Rows that a thread multiplies at a time."""
-PANEL_COLUMNS = 2_048
-"""Columns of these that it widens at a time: with the queries' part they stay in its cache."""
+"""Rows whose scores are looked at at a time are a multiple of these."""
 RRF_DEPTH = 10_000
 """Best rows of each query that reciprocal-rank fusion looks at."""
 RANK_BYTES = 160

@@ -1,13 +1,15 @@
 """Inner products of stored signatures with queries, on the CPU: float16 rows, widened in the registers.
 
-A row is widened to float32 on its way from the cache to the multiplication, for as many queries at a time as there are
-registers for; nothing is written in between. With one query that takes 0.022 s of a core for a gigabyte of rows that
-are in its cache, where widening with PyTorch and its matrix product take 0.24; with ten 0.15 instead of 0.60, with a
-hundred 1.45 instead of 1.64 (AMD EPYC with AVX2, rows of 24,576). Matrix products catch up with the queries, and BLAS
-knows wider vectors than the compiler takes (AVX-512): where there are some, it gets more than `_FEW_QUERIES`.
+A row is widened to float32 on its way from memory to the multiplication, for as many queries at a time as there are
+registers for; nothing is written in between. Some columns of some rows are multiplied with all queries before the next
+ones, so that both stay in the caches, however many queries there are. A vector has as many lanes as the processor's
+registers: 16 with AVX-512, 8 with AVX2, 4 on ARM. Seconds of a core for a gigabyte of rows of 24,576 in its cache, of
+PyTorch's matrix product with rows that are float32 already, and of widening and multiplying with PyTorch (Intel Xeon
+with AVX-512, `tests.benchmarks.products`): SECONDS
 
-Products are exact in float32 up to its rounding; sums are float32, in an order that depends on nothing but the numbers
-of rows and queries.
+Products are exact in float32 up to its rounding. Sums are float32, one for each lane and part of the columns, in an
+order that depends on the processor and the number of columns alone: the score of a row does not change with the rows
+and queries beside it.
 """
 
 from __future__ import annotations
@@ -19,20 +21,17 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import binding, ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from rise_ops.checksums import combine_crc32c, crc32c
 from rise_ops.compiled import compiled
 
-_FEW_QUERIES = 64
-
-
-def are_faster(queries: int) -> bool:
-    """Whether this processor is better served by these products than by matrix products of widened rows.
-
-    It has to widen float16 in an instruction: F16C on x86, which came with AVX2; ARM always does.
-    """
-    features = _features()
-    return "widens" in features and ("wide" not in features or queries <= _FEW_QUERIES)
+COLUMNS = 1_024
+"""Multiplied with all queries before the next ones."""
+_FEW_QUERIES = 16
+_TILE_BYTES = 3 * 2**16
+"""Of each part of the rows, multiplied with few queries before the next ones; with many, of `COLUMNS` of them."""
 
 
 def multiplies_int8() -> bool:
@@ -43,8 +42,14 @@ def multiplies_int8() -> bool:
 @lru_cache(1)
 def _features() -> frozenset[str]:
     found = binding.get_host_cpu_features()
-    widens = found.get("f16c") or binding.get_process_triple().startswith("aarch64")
-    there = {"widens": widens, "wide": found.get("avx512f"), "int8": found.get("avx512vnni")}
+    is_arm = binding.get_process_triple().startswith("aarch64")
+    there = {
+        "arm": is_arm,
+        "widens": found.get("f16c") or is_arm,  # it came with AVX2
+        "sums": found.get("crc" if is_arm else "sse4.2"),
+        "wide": found.get("avx512f"),
+        "int8": found.get("avx512vnni"),
+    }
     return frozenset(name for name, is_there in there.items() if is_there)
 
 
@@ -57,7 +62,148 @@ def inner_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float3
     rows, queries
         Each in one piece.
     """
-    _multiply(rows.view(np.uint16), queries, out)
+    if "widens" not in _features():
+        for start in range(0, len(rows), _PLAIN_ROWS):
+            tile = slice(start, start + _PLAIN_ROWS)
+            np.matmul(rows[tile].astype(np.float32), queries.T, out=out[tile])
+        return
+    out[:] = 0
+    _multiply(_bits(rows), queries, out, 0, len(rows), 0)
+
+
+def checked_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float32], out: npt.NDArray[np.float32],
+                     ) -> int:  # fmt: skip
+    """`inner_products`, and the CRC-32C of the rows' bytes, taken while they are in the registers.
+
+    A processor's instruction for it gives a result every cycle, but each only after three, so several parts of the
+    rows are gone through together. Multiplications take other parts of the processor: one hides behind the other.
+    """
+    part = len(rows) // _PARTS
+    if not {"widens", "sums"} <= _features() or not part or rows.shape[1] % _LANES:
+        inner_products(rows, queries, out)
+        return crc32c(rows.data.cast("B"))
+    out[:] = 0
+    halves, sums = _bits(rows), np.full(_PARTS, _ONES, np.uint64)
+    width = rows.shape[1] if len(queries) <= _FEW_QUERIES else min(rows.shape[1], COLUMNS)
+    _multiply_and_sum(halves, queries, out, part, max(1, _TILE_BYTES // (2 * width)), sums)
+    _multiply(halves, queries, out, _PARTS * part, len(rows), 0)
+    value, size = int(sums[0]) ^ _ONES, part * rows.shape[1] * rows.itemsize
+    for each in sums[1:]:
+        value = combine_crc32c(value, int(each) ^ _ONES, size)
+    return crc32c(halves.reshape(-1)[_PARTS * part * rows.shape[1] :].data, value)
+
+
+def _bits(rows: npt.NDArray[np.float16]) -> npt.NDArray[np.uint16]:
+    found = rows.view(np.uint16)
+    found.flags.writeable = False  # compiled for one type
+    return found
+
+
+_LANES = 16 if "wide" in _features() else 4 if "arm" in _features() else 8
+_ROWS, _QUERIES = (4, 5) if _LANES != 8 else (2, 5)
+"""Their sums, the rows and a query fill the registers: 32, or 16 with AVX2."""
+_ROWS_OF_ONE = 8 if _LANES != 8 else 4
+_PARTS, _SUMMED = (4, 5) if _LANES != 8 else (4, 2)
+"""Rows whose checksums are taken together, and queries that they are multiplied with meanwhile."""
+_ONES = 2**32 - 1
+_PLAIN_ROWS = 176
+
+
+def _emit(context: Any, builder: Any, signature: Any, arguments: Any, rows: int, queries: int, step: Any, sums: Any,
+          ) -> Any:  # fmt: skip
+    """Add the products of rows and queries, over some columns, to `out`; with `sums` go on with checksums of the rows.
+
+    In the compiler's own language, as vectors of 16 lanes are not made of loops otherwise: it holds AVX-512 for slow.
+
+    Parameters
+    ----------
+    rows, queries
+        How many.
+    step
+        From one row to the next.
+    sums
+        Pointer to a checksum, 64 bits, of each row's part of the rows; or None.
+    """
+    vector, halves = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(ir.HalfType(), _LANES)
+    long = ir.IntType(64)
+    arrays = [context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)]
+    lengths = [cgutils.unpack_tuple(builder, array.shape)[1] for array in arrays]
+    _, first, _, other, _, begin, end = arguments[:7]
+
+    def place(which: int, number: Any, column: Any, kind: Any) -> Any:
+        pointer = builder.gep(arrays[which].data, [builder.add(builder.mul(number, lengths[which]), column)])
+        return builder.bitcast(pointer, kind.as_pointer())
+
+    def constant(number: int) -> Any:
+        return ir.Constant(long, number)
+
+    own_rows = [builder.add(first, builder.mul(step, constant(r))) for r in range(rows)]
+    own_queries = [builder.add(other, constant(k)) for k in range(queries)]
+    fused = ir.FunctionType(vector, [vector] * 3)
+    reduced = ir.FunctionType(ir.FloatType(), [ir.FloatType(), vector])
+    fma = cgutils.get_or_insert_function(builder.module, fused, f"llvm.fma.v{_LANES}f32")
+    add = cgutils.get_or_insert_function(builder.module, reduced, f"llvm.vector.reduce.fadd.v{_LANES}f32")
+    totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(rows * queries)]
+    states = [cgutils.alloca_once_value(builder, builder.load(builder.gep(sums, [constant(r)])))
+              for r in range(rows)] if sums else []  # fmt: skip
+    with cgutils.for_range_slice(builder, begin, end, constant(_LANES)) as (column, _):
+        wide = [builder.fpext(builder.load(place(0, row, column, halves), align=2), vector) for row in own_rows]
+        for k, query in enumerate(own_queries):
+            own = builder.load(place(1, query, column, vector), align=4)
+            for r in range(rows):
+                held = totals[r * queries + k]
+                builder.store(builder.call(fma, [wide[r], own, builder.load(held)]), held)
+        for word in range(0, _LANES, 4):
+            for row, state in zip(own_rows, states):  # noqa: B905
+                at = place(0, row, builder.add(column, constant(word)), long)
+                builder.store(_crc_step(builder, builder.load(state), builder.load(at, align=2)), state)
+    for r, row in enumerate(own_rows):
+        for k, query in enumerate(own_queries):
+            total = builder.call(add, [ir.Constant(ir.FloatType(), 0.0), builder.load(totals[r * queries + k])],
+                                 fastmath=("reassoc",))  # fmt: skip
+            target = place(2, row, query, ir.FloatType())
+            builder.store(builder.fadd(builder.load(target), total), target)
+    for r, state in enumerate(states):
+        builder.store(builder.load(state), builder.gep(sums, [constant(r)]))
+    return context.get_dummy_value()
+
+
+def _block(rows: int, queries: int) -> Any:
+    """A function that adds the products of so many rows, one after the other, and queries, over some columns."""
+
+    def multiply(context: Any, x: Any, row: Any, q: Any, query: Any, out: Any, start: Any, stop: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return _emit(context, builder, signature, arguments, rows, queries, ir.Constant(ir.IntType(64), 1), None)
+
+        return types.void(x, types.intp, q, types.intp, out, types.intp, types.intp), generate
+
+    return intrinsic(multiply)
+
+
+def _summed_block(queries: int) -> Any:
+    """The same of a row of each part, `step` rows from each other, whose checksums go on."""
+
+    def multiply(context: Any, x: Any, row: Any, q: Any, query: Any, out: Any, start: Any, stop: Any, step: Any,
+                 sums: Any) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            held = context.make_array(signature.args[8])(context, builder, arguments[8]).data
+            return _emit(context, builder, signature, arguments, _PARTS, queries, arguments[7], held)
+
+        return types.void(x, types.intp, q, types.intp, out, types.intp, types.intp, types.intp, sums), generate
+
+    return intrinsic(multiply)
+
+
+def _crc_step(builder: Any, state: Any, word: Any) -> Any:
+    """The checksum after 8 bytes more, by the processor's instruction."""
+    long, short = ir.IntType(64), ir.IntType(32)
+    if "arm" in _features():
+        kind = ir.FunctionType(short, [short, long])
+        step = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.crc32cx")
+        return builder.zext(builder.call(step, [builder.trunc(state, short), word]), long)
+    kind = ir.FunctionType(long, [long, long])
+    step = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse42.crc32.64.64")
+    return builder.call(step, [state, word])
 
 
 def _widen(context: Any, half: Any) -> Any:
@@ -70,48 +216,57 @@ def _widen(context: Any, half: Any) -> Any:
 
 
 _widened: Any = intrinsic(_widen)
+_several, _rows_alone, _queries_alone, _one = (
+    _block(_ROWS, _QUERIES), _block(_ROWS_OF_ONE, 1), _block(1, _QUERIES), _block(1, 1)
+)  # fmt: skip
+_several_summed, _one_summed = _summed_block(_SUMMED), _summed_block(1)
 
 
 @compiled
-def _multiply(rows: Any, queries: Any, out: Any) -> None:
-    """Two rows by five queries at a time, whose ten sums fill the registers; then four rows by one query.
+def _multiply(rows: Any, queries: Any, out: Any, first: int, last: int, done: int) -> None:
+    """Add the products of some rows with all queries but the first to `out`: some columns at a time, in blocks."""
+    count, width = queries.shape
+    whole = width - width % _LANES
+    grouped = done + (count - done) // _QUERIES * _QUERIES
+    for start in range(0, whole, COLUMNS):
+        stop = min(start + COLUMNS, whole)
+        for k in range(done, grouped, _QUERIES):
+            r = first
+            while r + _ROWS <= last:
+                _several(rows, r, queries, k, out, start, stop)
+                r += _ROWS
+            while r < last:
+                _queries_alone(rows, r, queries, k, out, start, stop)
+                r += 1
+        for k in range(grouped, count):
+            r = first
+            while r + _ROWS_OF_ONE <= last:
+                _rows_alone(rows, r, queries, k, out, start, stop)
+                r += _ROWS_OF_ONE
+            while r < last:
+                _one(rows, r, queries, k, out, start, stop)
+                r += 1
+    for r in range(first, last):
+        for k in range(done, count):
+            total = out[r, k]
+            for i in range(whole, width):
+                total += _widened(rows[r, i]) * queries[k, i]
+            out[r, k] = total
 
-    Where rows are left over, the last one stands for those that are missing.
-    """
-    last, count = rows.shape[0] - 1, queries.shape[0]
-    zero = np.float32(0)
-    for k in range(0, count - 4, 5):
-        v0, v1, v2, v3, v4 = queries[k], queries[k + 1], queries[k + 2], queries[k + 3], queries[k + 4]
-        for r in range(0, last + 1, 2):
-            second = min(r + 1, last)
-            x, y = rows[r], rows[second]
-            a0 = a1 = a2 = a3 = a4 = b0 = b1 = b2 = b3 = b4 = zero
-            for i in range(x.shape[0]):
-                xi, yi = _widened(x[i]), _widened(y[i])
-                a0 += xi * v0[i]
-                a1 += xi * v1[i]
-                a2 += xi * v2[i]
-                a3 += xi * v3[i]
-                a4 += xi * v4[i]
-                b0 += yi * v0[i]
-                b1 += yi * v1[i]
-                b2 += yi * v2[i]
-                b3 += yi * v3[i]
-                b4 += yi * v4[i]
-            out[r, k], out[r, k + 1], out[r, k + 2], out[r, k + 3], out[r, k + 4] = a0, a1, a2, a3, a4
-            out[second, k], out[second, k + 1], out[second, k + 2], out[second, k + 3], out[second, k + 4] = (
-                b0, b1, b2, b3, b4,
-            )  # fmt: skip
-    for k in range(count - count % 5, count):
-        query = queries[k]
-        for r in range(0, last + 1, 4):
-            second, third, fourth = min(r + 1, last), min(r + 2, last), min(r + 3, last)
-            w, x, y, z = rows[r], rows[second], rows[third], rows[fourth]
-            a = b = c = d = zero
-            for i in range(w.shape[0]):
-                q = query[i]
-                a += _widened(w[i]) * q
-                b += _widened(x[i]) * q
-                c += _widened(y[i]) * q
-                d += _widened(z[i]) * q
-            out[r, k], out[second, k], out[third, k], out[fourth, k] = a, b, c, d
+
+@compiled
+def _multiply_and_sum(rows: Any, queries: Any, out: Any, part: int, tile: int, sums: Any) -> None:
+    """Some rows of each part at a time: their checksums and products with the first queries, then with the others."""
+    count, width = queries.shape
+    done = _SUMMED if count >= _SUMMED else 1
+    for first in range(0, part, tile):
+        last = min(first + tile, part)
+        for r in range(first, last):
+            for start in range(0, width, COLUMNS):
+                stop = min(start + COLUMNS, width)
+                if done == 1:
+                    _one_summed(rows, r, queries, 0, out, start, stop, part, sums)
+                else:
+                    _several_summed(rows, r, queries, 0, out, start, stop, part, sums)
+        for number in range(_PARTS):
+            _multiply(rows, queries, out, number * part + first, number * part + last, done)

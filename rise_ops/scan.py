@@ -1,30 +1,27 @@
 """One pass over an index: every row against every query.
 
-Influence of row x on query q is φ(x)·φ(q) with unit signatures. As many threads as PyTorch may use take a chunk each:
-a thread reads a piece, takes its checksum, and scores a tile of rows as soon as it is there, so that a row is fetched
-from memory once. Rows are widened to float32 in the registers (`rise_ops.products`), or, where BLAS is faster, in
-panels of PANEL_COLUMNS columns, which stay in the cache and are multiplied with that part of the queries. Memory is a
-few chunks with their scores and `queries · dim` floats, whatever the index's size (`rise_ops.memory.ScanMemory`).
+Influence of row x on query q is φ(x)·φ(q) with unit signatures. As many threads as PyTorch may use take a chunk each.
+Rows are widened to float32 in the registers (`rise_ops.products`). On a disk they are read where the system has them:
+copying them would take longer than all else together. Memory is a few chunks with their scores and `queries · dim`
+floats, whatever the index's size (`rise_ops.memory.ScanMemory`).
 
-Tiles are the same whatever the memory and the threads, and ties are broken by position (block, then row), so results
-depend on none of them.
+The score of a row depends on nothing but the row and the query, and ties are broken by position (block, then row), so
+results depend neither on memory nor on threads.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from rise_ops.heap import steady_heap
-from rise_ops.index import BlockRecord, Float16Array, chunk_pieces, read_chunk, read_counts, read_records
+from rise_ops.index import BlockRecord, Float16Array, map_chunk, read_chunk, read_counts, read_records
 from rise_ops.logs import each_block
-from rise_ops.memory import PANEL_COLUMNS, TILE_ROWS, ScanMemory
+from rise_ops.memory import TILE_ROWS, ScanMemory
 from rise_ops.progress import Progress, silent
 from rise_ops.store import Store
 from rise_ops.threads import arithmetic_pool, read_ahead
@@ -35,7 +32,6 @@ BLOCK_SHIFT = 32
 """A row's ordinal is its block's position, shifted by this, plus its row."""
 DEFAULT_MEMORY = ScanMemory(chunks=3, piece_rows=8 * TILE_ROWS)
 _MERGE_BYTES = 8 * 2**20
-_TILE_BYTES = 2**21
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,56 +65,46 @@ def iter_scores(store: Store, identity: str, records: Sequence[BlockRecord], que
     IntegrityError
         A stored chunk is missing or damaged.
     """
-    scan = _Scan(store, identity, queries, memory=memory, keep_rows=False)
-    for number, start, scores, _ in scan.pieces(enumerate(records)):
+    for number, start, scores, _ in _Scan(store, identity, queries, memory=memory).pieces(enumerate(records)):
         yield number, start, scores
 
 
 def iter_pieces(store: Store, identity: str, records: Iterable[tuple[int, BlockRecord]], queries: Float32Array, *,
                 memory: ScanMemory = DEFAULT_MEMORY,
                 ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
-    """`iter_scores` of numbered records, with the signatures of each piece, [rows, dim] float16, overwritten, too."""
-    yield from _Scan(store, identity, queries, memory=memory, keep_rows=True).pieces(records)
+    """`iter_scores` of numbered records, with the signatures of each piece, [rows, dim] float16."""
+    yield from _Scan(store, identity, queries, memory=memory).pieces(records)
 
 
 class _Room:
-    """Memory that is used again: fresh memory is slower than a disk's cache."""
+    """Memory for scores that is used again: fresh memory takes longer than what is written there."""
 
-    def __init__(self, dtype: type[np.floating[Any]]) -> None:
-        self._values: npt.NDArray[Any] = np.empty(0, dtype)
+    def __init__(self) -> None:
+        self._values = np.empty(0, np.float32)
 
-    def of(self, rows: int, columns: int) -> npt.NDArray[Any]:
+    def of(self, rows: int, columns: int) -> Float32Array:
         """[rows, columns]; what is there is left of the last use."""
         if self._values.size < rows * columns:
-            self._values = np.empty(rows * columns, self._values.dtype)
+            self._values = np.empty(rows * columns, np.float32)
         return self._values[: rows * columns].reshape(rows, columns)
 
 
 class _Scan:
     """Threads that read, check and score a chunk each.
 
-    From a disk a chunk comes in small pieces, and a tile is scored as soon as its last piece is there, all of it in the
-    processor's caches; unless the rows are wanted, the next tile overwrites it. Over a network a chunk comes whole.
-
-    Parameters
-    ----------
-    keep_rows
-        Whether signatures are wanted, not scores alone.
+    On a disk a chunk is scored and checked where the system has it; over a network it is fetched.
     """
 
-    def __init__(self, store: Store, identity: str, queries: Float32Array, *, memory: ScanMemory, keep_rows: bool,
-                 ) -> None:  # fmt: skip
-        self._store, self._identity = store, identity
-        self._scorer = _Scorer(queries)
+    def __init__(self, store: Store, identity: str, queries: Float32Array, *, memory: ScanMemory) -> None:
+        self._store, self._identity, self._queries = store, identity, np.ascontiguousarray(queries)
         self._piece_rows, self._at_once = memory.piece_rows, memory.chunks
-        self._keep_rows, self._own = keep_rows, threading.local()
-        self._rooms = [(_Room(np.float16), _Room(np.float32)) for _ in range(memory.chunks)]
+        self._rooms = [_Room() for _ in range(memory.chunks)]
         # requests wait for the network, not for a core
         self._pool = arithmetic_pool(torch.get_num_threads() if store.is_local else memory.chunks)
 
     def pieces(self, records: Iterable[tuple[int, BlockRecord]],
                ) -> Iterator[tuple[int, int, Float32Array, Float16Array]]:  # fmt: skip
-        """Pieces of numbered records, in their order: number, first row, scores, and rows where these are kept.
+        """Pieces of numbered records, in their order: number, first row, scores, and rows.
 
         Records are asked for in a thread of their own, so what they cost is hidden behind the arithmetic.
         """
@@ -128,69 +114,26 @@ class _Scan:
             for number, record in read_ahead(records, 2)
             for chunk in range(-(-record.rows // record.chunk_rows))
         )
-        for number, first, scores, rows, rooms in self._pool.ahead(self._chunk, items, self._at_once):
+        for number, first, scores, rows, room in self._pool.ahead(self._chunk, items, self._at_once):
             for start in range(0, len(scores), self._piece_rows):
                 piece = slice(start, start + self._piece_rows)
                 yield number, first + start, scores[piece], rows[piece]
-            self._rooms.append(rooms)
+            self._rooms.append(room)
 
-    def _chunk(self, item: tuple[int, BlockRecord, int, tuple[_Room, _Room]],
-               ) -> tuple[int, int, Float32Array, Float16Array, tuple[_Room, _Room]]:  # fmt: skip
-        number, record, chunk, rooms = item
-        count = min(record.chunk_rows, record.rows - chunk * record.chunk_rows)
-        scores = rooms[1].of(count, len(self._scorer.queries))
+    def _chunk(self, item: tuple[int, BlockRecord, int, _Room],
+               ) -> tuple[int, int, Float32Array, Float16Array, _Room]:  # fmt: skip
+        from rise_ops.products import checked_products, inner_products
+
+        number, record, chunk, room = item
         if self._store.is_local:
-            rows = self._from_disk(record, chunk, scores, rooms[0])
+            rows, check = map_chunk(self._store, self._identity, record, chunk)
+            scores = room.of(len(rows), len(self._queries))
+            check(checked_products(rows, self._queries, scores))
         else:
             rows = read_chunk(self._store, self._identity, record, chunk)
-            for tile in self._scorer.tiles(rows.shape):
-                self._scorer.score(rows[tile], out=scores[tile])
-        return number, chunk * record.chunk_rows, scores, rows, rooms
-
-    def _from_disk(self, record: BlockRecord, chunk: int, scores: Float32Array, room: _Room) -> Float16Array:
-        tiles = self._scorer.tiles((len(scores), record.dim))
-        if not self._keep_rows:
-            room = self._own.__dict__.setdefault("room", _Room(np.float16))
-        held = record.chunk_rows if self._keep_rows else tiles[0].stop
-        into = room.of(held, record.dim)
-        number = 0
-        for done in chunk_pieces(self._store, self._identity, record, chunk, into=into):
-            while number < len(tiles) and done >= 2 * record.dim * tiles[number].stop:
-                tile = tiles[number]
-                at = tile.start % held
-                self._scorer.score(into[at : at + tile.stop - tile.start], out=scores[tile])
-                number += 1
-        return into[: len(scores)]
-
-
-class _Scorer:
-    """Scores of tiles against the same queries, as this processor is fastest."""
-
-    def __init__(self, queries: Float32Array) -> None:
-        from rise_ops import products
-
-        self.queries = np.ascontiguousarray(queries)
-        self._own = threading.local()
-        self._inner = products.inner_products if products.are_faster(len(queries)) else None
-
-    def tiles(self, shape: tuple[int, ...]) -> list[slice]:
-        """Rows of rows [rows, dim] that are scored at a time."""
-        rows, dim = shape
-        tile = TILE_ROWS if self._inner is None else min(TILE_ROWS, max(4, _TILE_BYTES // (8 * dim) * 4))
-        return [slice(start, min(start + tile, rows)) for start in range(0, rows, tile)]
-
-    def score(self, rows: Float16Array, *, out: Float32Array) -> None:
-        """`out[rows, queries] = rows[rows, dim] @ queries[queries, dim].T`, float32, for the rows of a tile."""
-        if self._inner is not None:
-            self._inner(rows, self.queries, out)
-            return
-        if not hasattr(self._own, "panel"):
-            self._own.panel = torch.empty(TILE_ROWS * PANEL_COLUMNS)
-        tile, product = torch.from_numpy(rows), torch.from_numpy(out)
-        parts = torch.from_numpy(self.queries).split(PANEL_COLUMNS, dim=1)
-        for number, (part, queries) in enumerate(zip(tile.split(PANEL_COLUMNS, dim=1), parts, strict=True)):
-            wide = self._own.panel[: part.numel()].view(part.shape).copy_(part)
-            torch.addmm(product, wide, queries.T, beta=min(number, 1), out=product)
+            scores = room.of(len(rows), len(self._queries))
+            inner_products(rows, self._queries, scores)
+        return number, chunk * record.chunk_rows, scores, rows, room
 
 
 def score_blocks(store: Store, identity: str, block_ids: Sequence[str], queries: Float32Array, *,

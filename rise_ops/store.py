@@ -14,6 +14,7 @@ damaged (`Store.checked`): a body may have been cut on its way.
 
 from __future__ import annotations
 
+import mmap
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,23 +148,18 @@ class Store:
         with open(self.url(key), "rb", buffering=0) as file:
             return file.read()
 
-    def pieces(self, key: str, *, size: int | None = None, into: memoryview | None = None) -> Iterator[memoryview]:
+    def pieces(self, key: str, *, size: int | None = None) -> Iterator[memoryview]:
         """All bytes of an object, which are `size` where that is known, in consecutive pieces.
 
         A piece of a local file is small enough to stay in a processor's cache, and the next one overwrites it: fresh
         memory takes several times as long as the reading.
-
-        Parameters
-        ----------
-        into
-            Where the bytes of a local file are put, from its beginning again when it is full.
 
         Raises
         ------
         MissingObjectError, StoreError, TransientError
         """
         if self.is_local:
-            yield from self._local_pieces(key, into)
+            yield from self._local_pieces(key)
             return
         if size is None:
             size = self.size(key)
@@ -173,14 +169,30 @@ class Store:
         for start in range(0, size, _RANGE_BYTES):
             yield self.get_range(key, start, min(_RANGE_BYTES, size - start))
 
-    def _local_pieces(self, key: str, into: memoryview | None) -> Iterator[memoryview]:
-        room, at = into or memoryview(bytearray(_PIECE_BYTES)), 0
+    def _local_pieces(self, key: str) -> Iterator[memoryview]:
+        room = memoryview(bytearray(_PIECE_BYTES))
         count("requests")
         with named_errors(self, key), open(self.url(key), "rb", buffering=0) as file:
-            while length := file.readinto(piece := room[at : at + _PIECE_BYTES]):
+            while length := file.readinto(room):
                 count("store_read_bytes", length)
-                yield piece[:length]
-                at = (at + length) % len(room)
+                yield room[:length]
+
+    def mapped(self, key: str) -> memoryview:
+        """All bytes of an object on a disk, where the system has or will have them: nothing is copied.
+
+        Objects are written once and never cut, so what is mapped stays; a disk that fails meanwhile ends the process.
+
+        Raises
+        ------
+        MissingObjectError, StoreError
+        """
+        with named_errors(self, key), open(self.url(key), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            count("requests")
+            count("store_read_bytes", size)
+            if not size:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def get_range(self, key: str, start: int, length: int) -> memoryview:
         """Some bytes of an object; else like `get`."""

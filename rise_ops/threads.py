@@ -61,10 +61,17 @@ def arithmetic_pool(threads: int) -> ContextPool:
     import torch
 
     own = torch.get_num_threads()
-    pool = ContextPool(threads, thread_name_prefix="arithmetic", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ContextPool(threads, thread_name_prefix="arithmetic", initializer=_compute_alone)
     all_there = threading.Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(all_there.wait)
     all_there.wait()
     torch.set_num_threads(own)  # their calls also counted for threads that start later
     return pool
+
+
+def _compute_alone() -> None:
+    import torch
+
+    torch.get_num_threads()  # the first question of a thread, or its first operation, sets what others have set last
+    torch.set_num_threads(1)

@@ -15,14 +15,15 @@ import pytest
 import zarr
 
 from rise_ops import index
+from rise_ops.checksums import crc32c
 from rise_ops.config import ModelConfig
 from rise_ops.damage import damage_of, heal, note_damage
 from rise_ops.errors import DamagedError, IntegrityError, ModelError
 from rise_ops.index import (
     BlockRecord,
-    chunk_pieces,
     iter_signatures,
     list_indexed,
+    map_chunk,
     read_counts,
     read_index,
     read_record,
@@ -87,26 +88,27 @@ def test_round_trip(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_chunks_are_read_in_pieces(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_mapped_and_checked(local: Store) -> None:
     written = signed(37)
     record = _write(local, written)
-    monkeypatch.setattr("rise_ops.store._PIECE_BYTES", 3 * DIM)  # a row and a half
-    buffer = np.empty((record.chunk_rows, record.dim), np.float16)
     for chunk in range(4):
-        expected = written.signature[chunk * record.chunk_rows :][: record.chunk_rows]
-        for done in chunk_pieces(local, INDEX, record, chunk, into=buffer):
-            rows = min(done // (2 * DIM), len(expected))
-            np.testing.assert_array_equal(buffer[:rows], expected[:rows])
-        assert done == 2 * DIM * record.chunk_rows
+        rows, check = map_chunk(local, INDEX, record, chunk)
+        np.testing.assert_array_equal(rows, written.signature[chunk * record.chunk_rows :][: record.chunk_rows])
+        check(crc32c(rows.data.cast("B")))
+        with pytest.raises(DamagedError, match="does not match the checksum"):
+            check(crc32c(rows[1:].data.cast("B")))
 
 
-@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b"\1" + data[1:]])
-def test_what_is_read_in_pieces_is_checked(local: Store, change: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b"", None])
+def test_a_chunk_of_another_size_is_not_mapped(local: Store, change: Callable[[bytes], bytes] | None) -> None:
     record = _write(local, signed(5))
     key = f"{GROUP}/signature/c/0/0"
-    _replace(local, key, change(local.get(key)))
-    with pytest.raises(DamagedError, match="does not match the checksum"):
-        list(chunk_pieces(local, INDEX, record, 0, into=np.empty((2, record.dim), np.float16)))
+    if change is None:
+        Path(local.url(key)).unlink()
+    else:
+        _replace(local, key, change(local.get(key)))
+    with pytest.raises(DamagedError, match="is missing" if change is None else "does not match the checksum"):
+        map_chunk(local, INDEX, record, 0)
 
 
 def test_full_size_rows_round_trip(store: Store) -> None:

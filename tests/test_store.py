@@ -56,13 +56,15 @@ def test_an_object_is_read_as_it_was_written(store: Store) -> None:
 @pytest.mark.parametrize("size", [0, 1, 2**18, 2**18 + 1])
 def test_an_object_is_read_in_pieces(store: Store, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_RANGE_BYTES", 2**17)
-    data, buffer = os.urandom(size), bytearray(size)
+    data = os.urandom(size)
     store.create("a/b", data)
     assert b"".join(bytes(piece) for piece in store.pieces("a/b")) == data
     assert b"".join(bytes(piece) for piece in store.pieces("a/b", size=size)) == data
-    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer))) == data
-    assert buffer == data or not store.is_local
-    assert b"".join(bytes(piece) for piece in store.pieces("a/b", into=memoryview(buffer)[: size // 3])) == data
+    if store.is_local:
+        mapped = store.mapped("a/b")
+        assert mapped == data and mapped.readonly
+        with pytest.raises(MissingObjectError):
+            store.mapped("a/c")
     assert stored_crc32c(store, "a/b") == google_crc32c.value(data)
     with pytest.raises(MissingObjectError):
         stored_crc32c(store, "a/c")

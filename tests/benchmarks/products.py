@@ -28,20 +28,20 @@ import numpy.typing as npt
 import torch
 
 from rise_ops.machine import measured_on
-from rise_ops.memory import PANEL_COLUMNS
 from rise_ops.products import inner_products
 from tests.indexed import unit
 
 Float32Array = npt.NDArray[np.float32]
 _CACHED_BYTES = 4 * 2**20
 _BEST = 10
+_PANEL_COLUMNS = 2_048
 
 
 def _float32(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], torch.Tensor]:
-    out, panel = torch.empty(len(rows), len(queries)), torch.empty(len(rows) * PANEL_COLUMNS)
+    out, panel = torch.empty(len(rows), len(queries)), torch.empty(len(rows) * _PANEL_COLUMNS)
 
     def product() -> torch.Tensor:
-        parts = zip(rows.split(PANEL_COLUMNS, 1), queries.split(PANEL_COLUMNS, 1), strict=True)
+        parts = zip(rows.split(_PANEL_COLUMNS, 1), queries.split(_PANEL_COLUMNS, 1), strict=True)
         for number, (part, own) in enumerate(parts):
             torch.addmm(out, panel[: part.numel()].view(part.shape).copy_(part), own.T, beta=min(number, 1), out=out)
         return out

@@ -35,10 +35,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -51,6 +49,7 @@ import numpy as np
 import obstore
 
 from rise_ops import index
+from rise_ops.checksums import crc32c
 from rise_ops.connections import obstore_options
 from rise_ops.heap import steady_heap
 from rise_ops.signatures import RowSignatures
@@ -161,7 +160,7 @@ def _read(place: Place, signatures: RowSignatures, folder: Path, repeat: int) ->
                 for chunk in range(-(-record.rows // record.chunk_rows))]  # fmt: skip
         ways: Ways = {
             "ours": partial(_read_all, place.store, record, len(keys), count),
-            "into a buffer": partial(_read_all, place.store, record, len(keys), count, again=True),
+            "mapped": partial(_read_all, place.store, record, len(keys), count, mapped=True),
             "unchecked": partial(_read_all, place.store, record, len(keys), count, checked=False),
             "raw GETs": partial(_get_all, place.client, keys, count),
         }
@@ -186,15 +185,13 @@ def _put_all(client: Any, signatures: RowSignatures, step: int) -> None:
 
 
 def _read_all(store: Store, record: index.BlockRecord, chunks: int, count: int, *, checked: bool = True,
-              again: bool = False) -> None:  # fmt: skip
-    """`again`: into a buffer a thread, not into fresh memory."""
-    buffers = threading.local()
+              mapped: bool = False) -> None:  # fmt: skip
+    """`mapped`: where the system has them, not into fresh memory."""
 
     def read(chunk: int) -> None:
-        if again and not hasattr(buffers, "own"):
-            buffers.own = np.empty((record.chunk_rows, record.dim), np.float16)
-        if again:
-            deque(index.chunk_pieces(store, IDENTITY, record, chunk, into=buffers.own), maxlen=0)
+        if mapped:
+            rows, check = index.map_chunk(store, IDENTITY, record, chunk)
+            check(crc32c(rows.data.cast("B")))
         else:
             index.read_chunk(store, IDENTITY, record, chunk)
 
