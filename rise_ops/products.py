@@ -93,6 +93,15 @@ def checked_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.floa
     return crc32c(halves.reshape(-1)[_PARTS * part * rows.shape[1] :].data, value)
 
 
+def aligned(queries: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A copy that begins at a line of the cache: a vector that lies across two is loaded in twice the time."""
+    room = np.empty(queries.size + _LINE // 4, np.float32)
+    skip = -room.ctypes.data % _LINE // 4
+    found = room[skip : skip + queries.size].reshape(queries.shape)
+    found[:] = queries
+    return found
+
+
 def _bits(rows: npt.NDArray[np.float16]) -> npt.NDArray[np.uint16]:
     found = rows.view(np.uint16)
     found.flags.writeable = False  # compiled for one type
@@ -107,6 +116,7 @@ _PARTS, _SUMMED = (4, 5) if _LANES != 8 else (4, 2)
 """Rows whose checksums are taken together, and queries that they are multiplied with meanwhile."""
 _ONES = 2**32 - 1
 _PLAIN_ROWS = 176
+_LINE = 64
 
 
 def _emit(context: Any, builder: Any, signature: Any, arguments: Any, rows: int, queries: int, step: Any, sums: Any,

@@ -96,7 +96,9 @@ class _Scan:
     """
 
     def __init__(self, store: Store, identity: str, queries: Float32Array, *, memory: ScanMemory) -> None:
-        self._store, self._identity, self._queries = store, identity, np.ascontiguousarray(queries)
+        from rise_ops.products import aligned
+
+        self._store, self._identity, self._queries = store, identity, aligned(queries)
         self._piece_rows, self._at_once = memory.piece_rows, memory.chunks
         self._rooms = [_Room() for _ in range(memory.chunks)]
         # requests wait for the network, not for a core
