@@ -619,7 +619,7 @@ def _as_flow(load: Callable[[], AnyFlow], *arguments: Any, **options: Any) -> di
             from flows.console import note
             from flows.temporary_server import TemporaryServer
 
-            note("starting a temporary Prefect server (5 to 20 s; set PREFECT_API_URL to use one that runs)")
+            note("starting a temporary Prefect server (6 to 20 s; set PREFECT_API_URL to use one that runs)")
             server = TemporaryServer()
         flow = load()
         from flows.console import progress_bars

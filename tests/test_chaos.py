@@ -30,7 +30,7 @@ from tests.conftest import prefect_child_environment
 from tests.curation import ROWS, load, write_curation
 
 CHAINS = [
-    ("local", 4),
+    ("local", 3),
     pytest.param("s3", 2, marks=pytest.mark.s3),
     pytest.param("local", 10, marks=pytest.mark.thorough),
     pytest.param("s3", 10, marks=[pytest.mark.s3, pytest.mark.thorough]),

@@ -28,21 +28,20 @@ from rise_ops.verify import verify_store
 from tests.conftest import prefect_child_environment
 from tests.curation import load, write_curation
 
-ROUNDS = 20
 State = tuple[tuple[str, str], ...]
 """Uri and SHA-256 of every object."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("prefect_harness")]
 
 
-def _runs(path: str, environment: dict[str, str], barrier: Any, results: Any) -> None:
+def _runs(path: str, environment: dict[str, str], rounds: int, barrier: Any, results: Any) -> None:
     """What one of the two processes does."""
     os.environ |= environment
     from flows.curate import curate
     from rise_ops.errors import CurationError
 
     config = load(Path(path))
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         barrier.wait(240)
         try:
             summary = curate(config)
@@ -71,7 +70,8 @@ def _change(folder: Path, number: int, generator: random.Random) -> None:
         draft.replace(folder / f"more-{number}.jsonl")
 
 
-def test_no_two_runs_make_a_mixed_state(tmp_path: Path, record_property: Any) -> None:
+@pytest.mark.parametrize("rounds", [8, pytest.param(20, marks=pytest.mark.thorough)])
+def test_no_two_runs_make_a_mixed_state(rounds: int, tmp_path: Path, record_property: Any) -> None:
     path = write_curation(tmp_path)
     config = load(path)
     folder = tmp_path / "raw"
@@ -79,13 +79,13 @@ def test_no_two_runs_make_a_mixed_state(tmp_path: Path, record_property: Any) ->
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(3), spawn.Queue()
     environment = prefect_child_environment()
-    arguments = (str(path), environment, barrier, results)
+    arguments = (str(path), environment, rounds, barrier, results)
     processes = [spawn.Process(target=_runs, args=arguments, daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
     states = [_state(folder)]
     outcomes = []
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         barrier.wait(120)
         for change in range(generator.choice((0, 1, 2))):  # while both are at work
             time.sleep(generator.uniform(0.0, 0.3))
@@ -99,20 +99,18 @@ def test_no_two_runs_make_a_mixed_state(tmp_path: Path, record_property: Any) ->
         process.join(60)
     record_property("finished", sum(run_id is not None for _, run_id, _ in outcomes))
     record_property("refused", [error for _, _, error in outcomes if error])
-    _check(Store(config.store), set(states), outcomes)
+    _check(Store(config.store), set(states), outcomes, rounds)
 
 
-def _check(
-    store: Store, states: set[tuple[tuple[str, str], ...]], outcomes: list[tuple[int, str | None, str | None]]
-) -> None:
-    assert len(outcomes) == 2 * ROUNDS
+def _check(store: Store, states: set[State], outcomes: list[tuple[int, str | None, str | None]], rounds: int) -> None:
+    assert len(outcomes) == 2 * rounds
     refused = [error for _, run_id, error in outcomes if run_id is None]
     reasons = ("meanwhile", "changed while it was read", "removed while", "is not the file that was listed")
     assert all(any(reason in str(error) for reason in reasons) for error in refused), refused
     finished = Counter(round_ for round_, run_id, _ in outcomes if run_id)
-    assert set(finished) == set(range(ROUNDS)), refused  # at least one of the two, every time
+    assert set(finished) == set(range(rounds)), refused  # at least one of the two, every time
     latest = current_version(store, "tiny")
-    assert latest is not None and latest.version >= ROUNDS // 2
+    assert latest is not None and latest.version >= rounds // 2
     for number in range(1, latest.version + 1):
         version = read_version(store, "tiny", number)
         assert tuple((entry.uri, entry.object_sha) for entry in version.sources) in states

@@ -30,12 +30,12 @@ from rise_ops.verify import verify_store
 from tasks.dispatch import Dispatcher, run_all
 from tasks.policy import Json, stage
 from tests import watched
-from tests.curation import as_record, load, write_curation, write_lines
+from tests.curation import load, write_curation, write_lines
 from tests.watched import notes
 
 CLUSTERS = ("dask", "ray")
 COPIES = 3
-"""Of the demonstration's corpus, each with other texts."""
+"""Of the demonstration's corpus, the beginnings of its texts: rows must be many, not long."""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     path = write_curation(folder)
     for copy in range(COPIES):
-        rows = [as_record(row) for row in pool_rows()]
-        for row in rows:
-            row["output"] += f" ({copy})"
+        rows = [{"text": f"{row.example.output[:40]} ({copy}, {number})", "label": row.label}
+                for number, row in enumerate(pool_rows())]  # fmt: skip
         write_lines(folder / "raw" / f"more-{copy}.jsonl", rows)
     return path
 

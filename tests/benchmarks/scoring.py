@@ -8,8 +8,8 @@ Random unit signatures are stored as an index is. In turn are timed
            (whole chunks take twice as long: they leave the caches), by as many threads as there are cores; from S3
            (a server on loopback, `--s3`) by the same client, 8 requests at a time
     gemm   float32 rows [1024, dim], which are in memory, times the queries, as often as the index has such rows
-    scan   `rise_ops.scan.iter_scores`: read, checked and multiplied. Its pieces stay in the caches, which is why it can
-           be faster than the bare product, which takes rows that are float32 already, twice the bytes
+    scan   `rise_ops.scan.iter_scores`: read, checked and multiplied. From a disk it copies nothing, and rows come as
+           float16, half the bytes of those that the bare product takes: it can be faster than either bound
 
 Ratio: scan over the larger of the two bounds, run by run; the median is the figure. Files are in the page cache.
 """

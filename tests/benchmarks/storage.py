@@ -14,13 +14,14 @@ shares the machine's cores. CHUNK_BYTES is part of the format: it is changed her
 Measured on 2 cores that others used as well (obstore 0.12, radosgw 16; blocks of 96 MiB):
 
 - Chunk shape: from 4 to 32 MiB no size is better everywhere. Written to S3, the ratio to raw PUTs is 0.98 to 1.09; read
-  from there one at a time, to raw GETs, 0.76 to 0.97; read from disk into a buffer, to a memory map, 0.41 to 0.71. So
+  from there one at a time, to raw GETs, 0.76 to 0.97; mapped from disk, to a copy out of a memory map, 0.99 to 1.77. So
   16 MiB stays.
 - Written through zarr, two chunks at a time, a block came to 0.06 of `np.save` and 0.46 of raw PUTs. As bytes of the
   rows: 0.68 and 0.86 two at a time, 0.85 and 1.01 four at a time, 0.47 and 0.94 eight at a time. Without reading back
   1.31 and 1.38: the checksum of what is stored costs a third of the rate on local disk, a quarter on S3.
-- Read from local disk, fresh memory costs more than all else: one chunk at a time 900 MiB/s, into a buffer that is used
-  again 2,471 MiB/s, checked both; the client's GET, unchecked, 952 MiB/s. More at a time gains nothing.
+- Read from local disk, fresh memory and copies cost more than all else (two cores that nothing else used): one chunk at
+  a time 1,759 MiB/s, mapped 8,204 MiB/s, checked both; copied out of a memory map, unchecked, 5,451; the client's GET,
+  unchecked, 1,479. Two at a time 2,569 and 12,135; more gain nothing.
 - Read from S3 the checksum costs up to a quarter, and two to four chunks at a time are 1.3 times as fast as one. A
   buffer that is used again gains nothing there: the client's own memory is fresh.
 - Client: obstore for S3; on local disk for writing only.
