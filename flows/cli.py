@@ -611,7 +611,7 @@ def _curate(config: CurationConfig, until: Until, *, deep: bool = False) -> dict
 def _as_flow(load: Callable[[], AnyFlow], *arguments: Any, **options: Any) -> dict[str, Any]:
     """Run a flow, on a temporary server where none is configured, with bars for its stages.
 
-    The flow is imported, with the libraries that it needs, while that server starts.
+    `load` imports the flow, with the libraries that it needs, while that server starts.
     """
     with ExitStack() as stack:
         server = None

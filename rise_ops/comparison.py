@@ -37,7 +37,8 @@ from rise_ops.evaluation import Label, label_column, mean_figures, query_figures
 from rise_ops.hashing import fingerprint
 from rise_ops.machine import measured_on, memory_now, memory_peak
 from rise_ops.model_files import model_fingerprint
-from rise_ops.model_shape import model_shape
+from rise_ops.model_shape import model_settings, model_shape
+from rise_ops.placement import stored_quantization
 from rise_ops.progress import Progress, silent
 from rise_ops.scratch import Scratch
 from rise_ops.session import block_rows
@@ -262,10 +263,12 @@ def refuse_infeasible(method: Method, name: str) -> None:
     LimitError
         With what says so.
     """
-    if method.differentiates and not method.setting.model.is_plain:
+    model = method.setting.model
+    if method.differentiates and not (model.is_plain and stored_quantization(model_settings(model)) is None):
         raise LimitError(
             f"{name} computes gradients of the model's weights in one process on one device; leave out "
-            "model.device_map, quantization, tensor_parallel and backend for it"
+            "model.device_map, quantization, tensor_parallel and backend for it, and take a checkpoint that is not "
+            "quantised"
         )
     need, memory = method.need(), method.setting.memory
     if need.bytes > memory:

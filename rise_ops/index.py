@@ -414,8 +414,13 @@ def map_chunk(
     key = _chunk_key(identity, record, chunk)
     with _named(store, key):
         data = store.mapped(key)
-    if len(data) != 2 * record.chunk_rows * record.dim:
-        _refuse(store, key)
+    due = 2 * record.chunk_rows * record.dim
+    if len(data) != due:
+        raise DamagedError(
+            f"{store.url(key)} has {len(data):,} bytes, {due:,} were written; `curate verify --deep` notes it, and the "
+            "next run computes it again",
+            store.url(key),
+        )
     rows = _rows_of(data, record, chunk)
 
     def check(value: int) -> None:

@@ -81,5 +81,5 @@ class ModelConfig(Section):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the model itself is in one process on one device, with weights that have gradients."""
+        """Whether the model is to be in one process on one device, with the weights that it was saved with."""
         return self.in_one_process and self.device_map is None and self.quantization is None

@@ -50,10 +50,8 @@ class WeightPlan:
     @property
     def text(self) -> str:
         """As it is logged."""
-        where = ", ".join(
-            f"{size / _GIB:,.2f} GiB on {place}{_free_text(place)}" for place, size in self.places.items()
-        )
-        return f"model {self.name} has {self.weight_bytes / _GIB:,.2f} GiB of weights ({self.kind}): {where}"
+        where = ", ".join(f"{_size(size)} on {place}{_free_text(place)}" for place, size in self.places.items())
+        return f"model {self.name} has {_size(self.weight_bytes)} of weights ({self.kind}): {where}"
 
     def refuse_if_too_large(self) -> None:
         """Raise LimitError where a device has less memory free than its weights take."""
@@ -61,8 +59,8 @@ class WeightPlan:
             free = None if place == "disk" else free_memory(torch.device(place))
             if free is not None and size > free:
                 raise LimitError(
-                    f"model {self.name} does not fit on {place}: its weights take {size / _GIB:,.2f} GiB there "
-                    f"({self.kind}), {free / _GIB:,.2f} GiB are free; use dtype bfloat16, model.quantization, "
+                    f"model {self.name} does not fit on {place}: its weights take {_size(size)} there "
+                    f"({self.kind}), {_size(free)} are free; use dtype bfloat16, model.quantization, "
                     "model.device_map, model.tensor_parallel or a smaller model"
                 )
 
@@ -103,7 +101,7 @@ def plan_weights(config: ModelConfig, *, working: int) -> WeightPlan:
     outline = model_outline(config)
     dtype = loaded_dtype(config, outline.config, device)
     stored = stored_quantization(outline.config)
-    if device.type == "cpu" and (config.quantization == "nf4" or (stored or {}).get("load_in_4bit")):
+    if device.type == "cpu" and config.quantization == "nf4":
         _refuse_odd_modules(outline, config.name)
     sizes = parameter_bytes(outline, dtype, _stored_bits(stored) if stored else BITS.get(config.quantization or ""))
     shape, total = shape_of_model(outline), sum(sizes.values())
@@ -120,7 +118,10 @@ def plan_weights(config: ModelConfig, *, working: int) -> WeightPlan:
 
 
 def _refuse_odd_modules(model: Any, name: str) -> None:
-    """On processors with bfloat16 products bitsandbytes packs 32 rows of blocks of 64, and fails at any others."""
+    """On CPUs with bfloat16 products bitsandbytes packs 32 rows of blocks of 64, and fails at any others.
+
+    They are refused on every CPU: a configuration should not depend on which one it meets.
+    """
     for _, out, inside in linear_modules(model):
         if out % 32 or inside % 64:
             raise ModelError(
@@ -225,6 +226,10 @@ def _dtype(found: Any) -> torch.dtype:
     return getattr(torch, str(found).removeprefix("torch.")) if found else torch.float32
 
 
+def _size(count: int) -> str:
+    return f"{count / _GIB:,.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:,.1f} MiB"
+
+
 def _free_text(place: str) -> str:
     free = None if place == "disk" else free_memory(torch.device(place))
-    return "" if free is None else f" ({free / _GIB:,.2f} GiB free)"
+    return "" if free is None else f" ({_size(free)} free)"

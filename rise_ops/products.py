@@ -9,7 +9,7 @@ with AVX-512, `tests.benchmarks.products`).
 
 Products are exact in float32 up to its rounding. Sums are float32, one for each lane and part of the columns, in an
 order that depends on the processor and the number of columns alone: the score of a row does not change with the rows
-and queries beside it.
+and queries beside it. (A processor that cannot widen float16 takes NumPy's products, whose order is its own.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, codegen, config
 from numba.extending import intrinsic
 
 from rise_ops.checksums import combine_crc32c, crc32c
@@ -36,19 +36,20 @@ _TILE_BYTES = 3 * 2**16
 
 def multiplies_int8() -> bool:
     """Whether this processor has the instructions that PyTorch multiplies integers of 8 bits with."""
-    return "int8" in _features()
+    return bool(binding.get_host_cpu_features().get("avx512vnni"))
 
 
 @lru_cache(1)
 def _features() -> frozenset[str]:
-    found = binding.get_host_cpu_features()
+    """What may be compiled: of this processor, or of the one that NUMBA_CPU_NAME or NUMBA_CPU_FEATURES ask for."""
+    told = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    found = set(told.split(","))
     is_arm = binding.get_process_triple().startswith("aarch64")
     there = {
         "arm": is_arm,
-        "widens": is_arm or (found.get("f16c") and found.get("fma")),  # they came with AVX2
-        "sums": found.get("crc" if is_arm else "sse4.2"),
-        "wide": found.get("avx512f"),
-        "int8": found.get("avx512vnni"),
+        "widens": is_arm or {"+f16c", "+fma"} <= found,
+        "sums": ("+crc" if is_arm else "+sse4.2") in found,
+        "wide": "+avx512f" in found,
     }
     return frozenset(name for name, is_there in there.items() if is_there)
 
@@ -59,16 +60,24 @@ def inner_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float3
 
     Parameters
     ----------
-    rows, queries
+    rows, queries, out
         Each in one piece.
+
+    Raises
+    ------
+    ValueError
+        They do not fit together, or are not in one piece.
     """
+    _refuse_misfits(rows, queries, out)
     if "widens" not in _features():
         for start in range(0, len(rows), _PLAIN_ROWS):
             tile = slice(start, start + _PLAIN_ROWS)
             np.matmul(rows[tile].astype(np.float32), queries.T, out=out[tile])
         return
     out[:] = 0
-    _multiply(_bits(rows), queries, out, 0, len(rows), 0)
+    halves, tile_rows = _bits(rows), _PARTS * _tile_rows(rows, queries)
+    for start in range(0, len(rows), tile_rows):
+        _multiply(halves, queries, out, start, min(start + tile_rows, len(rows)), 0)
 
 
 def checked_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float32], out: npt.NDArray[np.float32],
@@ -78,19 +87,34 @@ def checked_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.floa
     A processor's instruction for it gives a result every cycle, but each only after three, so several parts of the
     rows are gone through together. Multiplications take other parts of the processor: one hides behind the other.
     """
+    _refuse_misfits(rows, queries, out)
     part = len(rows) // _PARTS
-    if not {"widens", "sums"} <= _features() or not part or rows.shape[1] % _LANES:
+    if not {"widens", "sums"} <= _features() or not part or rows.shape[1] % _LANES or not len(queries):
         inner_products(rows, queries, out)
-        return crc32c(rows.data.cast("B"))
+        return crc32c(rows.reshape(-1).view(np.uint16).data)
     out[:] = 0
     halves, sums = _bits(rows), np.full(_PARTS, _ONES, np.uint64)
-    width = rows.shape[1] if len(queries) <= _FEW_QUERIES else min(rows.shape[1], COLUMNS)
-    _multiply_and_sum(halves, queries, out, part, max(1, _TILE_BYTES // (2 * width)), sums)
+    _multiply_and_sum(halves, queries, out, part, _tile_rows(rows, queries), sums)
     _multiply(halves, queries, out, _PARTS * part, len(rows), 0)
     value, size = int(sums[0]) ^ _ONES, part * rows.shape[1] * rows.itemsize
     for each in sums[1:]:
         value = combine_crc32c(value, int(each) ^ _ONES, size)
     return crc32c(halves.reshape(-1)[_PARTS * part * rows.shape[1] :].data, value)
+
+
+def _tile_rows(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float32]) -> int:
+    """Rows of each part that are multiplied with all queries before the next ones."""
+    width = rows.shape[1] if len(queries) <= _FEW_QUERIES else min(rows.shape[1], COLUMNS)
+    return max(1, _TILE_BYTES // max(1, 2 * width))
+
+
+def _refuse_misfits(*arrays: npt.NDArray[Any]) -> None:
+    """The compiled functions look at no shape."""
+    rows, queries, out = arrays
+    if rows.shape[1:] != queries.shape[1:] or out.shape != (len(rows), len(queries)):
+        raise ValueError(f"{rows.shape} rows, {queries.shape} queries and {out.shape} products do not fit together")
+    if not all(array.flags.c_contiguous for array in arrays):
+        raise ValueError("rows, queries and products must each be in one piece")
 
 
 def aligned(queries: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

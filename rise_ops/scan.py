@@ -5,8 +5,8 @@ Rows are widened to float32 in the registers (`rise_ops.products`). On a disk th
 copying them would take longer than all else together. Memory is a few chunks with their scores and `queries · dim`
 floats, whatever the index's size (`rise_ops.memory.ScanMemory`).
 
-The score of a row depends on nothing but the row and the query, and ties are broken by position (block, then row), so
-results depend neither on memory nor on threads.
+The score of a row depends on nothing but the row, the query and the processor, and ties are broken by position (block,
+then row), so results depend neither on memory nor on threads.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def preview_selection(store: Store, config: CurationConfig, version: CorpusVersi
     if version is None or changed:
         return {"selection_unknown": "the sources are not what was ingested; `curate value` takes them in"}
     if missing:
-        return {"selection_unknown": f"the index lacks {missing:,} blocks of the corpus; `curate value` fills it"}
+        return {"selection_unknown": f"the index lacks blocks of the corpus ({missing:,}); `curate value` fills it"}
     targets = {
         name: target_id(identity, read_queries(target, limits=config.limits)) for name, target in config.targets.items()
     }

@@ -181,6 +181,7 @@ class Store:
         """All bytes of an object on a disk, where the system has or will have them: nothing is copied.
 
         Objects are written once and never cut, so what is mapped stays; a disk that fails meanwhile ends the process.
+        Where a file system maps nothing, the bytes are read.
 
         Raises
         ------
@@ -192,7 +193,10 @@ class Store:
             count("store_read_bytes", size)
             if not size:
                 return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            try:
+                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError:
+                return memoryview(file.read())
 
     def get_range(self, key: str, start: int, length: int) -> memoryview:
         """Some bytes of an object; else like `get`."""

@@ -96,9 +96,11 @@ def fresh_trunk(config: ModelConfig) -> Trunk:
     Raises
     ------
     ModelError, LimitError
-        As `rise_ops.trunk.load_trunk`.
+        As `rise_ops.trunk.load_trunk`; or its weights are quantised.
     """
     trunk = load_trunk(config)
+    if trunk.engine.is_rounded:
+        raise ModelError(f"model {trunk.name} is quantised and cannot be trained; take a checkpoint that is not")
     model, tokenizer = copy.deepcopy(trunk.model).float(), copy.deepcopy(trunk.tokenizer)
     return Trunk(model, tokenizer, name=trunk.name, fingerprint=trunk.fingerprint)
 

@@ -107,7 +107,7 @@ def test_a_chunk_of_another_size_is_not_mapped(local: Store, change: Callable[[b
         Path(local.url(key)).unlink()
     else:
         _replace(local, key, change(local.get(key)))
-    with pytest.raises(DamagedError, match="is missing" if change is None else "does not match the checksum"):
+    with pytest.raises(DamagedError, match="is missing" if change is None else "bytes, .* were written"):
         map_chunk(local, INDEX, record, 0)
 
 

@@ -218,7 +218,7 @@ def test_the_plan_is_told_before_the_model_is_loaded(
     signer = open_signer(Store(config.store), config)
     texts = [record.getMessage() for record in caplog.records]
     (signing,) = (place for place, text in enumerate(texts) if "chunks at a time" in text)
-    (weights,) = (place for place, text in enumerate(texts) if "GiB of weights" in text)
+    (weights,) = (place for place, text in enumerate(texts) if "of weights (" in text)
     (loaded,) = (place for place, text in enumerate(texts) if text.startswith("loaded Trunk"))
     assert max(signing, weights) < loaded
     assert f"at most {signer.plan.tokens:,} tokens in {signer.plan.chunks:,} chunks" in texts[signing]
@@ -229,7 +229,7 @@ def test_a_plan_of_a_run_says_where_the_weights_go(tmp_path: Path, monkeypatch: 
     path = write_curation(tmp_path)
     planned = plan_run(load(path))["model"]
     assert planned["places"] == {"cpu": planned["weight_bytes"]} and planned["problem"] == ""
-    assert "GiB of weights (float32)" in planned["text"]
+    assert "MiB of weights (float32)" in planned["text"]
     smaller = plan_run(load(path, "model.quantization=int8"))["model"]
     assert smaller["weight_bytes"] < planned["weight_bytes"] and "(int8)" in smaller["text"]
     monkeypatch.setattr(placement, "free_memory", lambda device: 1_000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -50,7 +51,7 @@ def test_products_and_checksums(rows: int, dim: int, queries: int) -> None:
     check(rows, dim, queries)
 
 
-@pytest.mark.parametrize("value", [np.inf, np.nan, -0.0, 6e-8])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 6e-8])
 def test_special_numbers_stay_what_they_are(value: float) -> None:
     rows, queries = np.zeros((9, 64), np.float16), np.ones((7, 64), np.float32)
     rows[4, 33] = value
@@ -58,6 +59,23 @@ def test_special_numbers_stay_what_they_are(value: float) -> None:
     checked_products(rows, queries, out)
     np.testing.assert_array_equal(out[4], np.full(7, np.float32(rows[4, 33])))
     assert not out[[0, 1, 2, 3, 5, 6, 7, 8]].any()
+
+
+@pytest.mark.parametrize("multiply", [inner_products, checked_products])
+def test_nothing_is_asked_of_no_queries_and_no_rows(multiply: Callable[..., object]) -> None:
+    rows, queries = np.ones((8, 64), np.float16), np.ones((3, 64), np.float32)
+    multiply(rows, queries[:0], np.empty((8, 0), np.float32))
+    multiply(rows[:0], queries, np.empty((0, 3), np.float32))
+
+
+@pytest.mark.parametrize("multiply", [inner_products, checked_products])
+def test_what_does_not_fit_together_is_refused(multiply: Callable[..., object]) -> None:
+    rows, queries, out = np.ones((8, 64), np.float16), np.ones((3, 64), np.float32), np.empty((8, 3), np.float32)
+    for wrong in ((rows[:, :32].copy(), queries, out), (rows, queries, out[1:]), (rows, queries[1:], out)):
+        with pytest.raises(ValueError, match="do not fit together"):
+            multiply(*wrong)
+    with pytest.raises(ValueError, match="in one piece"):
+        multiply(np.ones((16, 64), np.float16)[::2], queries, out)
 
 
 @pytest.mark.parametrize("queries", [1, 5, 12, 40])

@@ -5,12 +5,15 @@ The real one is behind every test that runs the command without a server.
 
 from __future__ import annotations
 
+import socket
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, get_current_settings, temporary_settings
 
@@ -19,6 +22,7 @@ from flows.temporary_server import TemporaryServer
 from rise_ops.errors import ServerError
 
 _ANSWERS = """
+    import socket
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
     class Handler(BaseHTTPRequestHandler):
@@ -26,8 +30,8 @@ _ANSWERS = """
             self.send_response(200 if self.path == "/api/health" else 404)
             self.end_headers()
 
-    server = HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
-    print("listening", file=sys.stderr)
+    server = HTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+    server.socket = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
     server.serve_forever()
 """
 
@@ -82,24 +86,25 @@ def test_nothing_waits_for_it_before_it_is_used(starts: Path, monkeypatch: pytes
     assert time.monotonic() - begun < 30
 
 
-def test_a_port_that_was_taken_meanwhile_is_given_up(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = f"if len(open({str(starts)!r}).readlines()) == 1: sys.exit(1)\n"
-    _program(starts, first + textwrap.dedent(_ANSWERS), monkeypatch)
-    with closing(TemporaryServer()) as server, server.in_use():
-        assert len(_started(starts)) == 2
+def test_its_port_is_its_own_from_the_beginning(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(starts, "time.sleep(60)", monkeypatch)
+    with closing(TemporaryServer()) as server:
+        address = httpx.URL(server._url)
+        with pytest.raises(OSError, match="in use"), socket.create_server((address.host, address.port or 0)):
+            pass
 
 
-@pytest.mark.parametrize(("status", "tries"), [(1, 3), (3, 1)])
-def test_one_that_ends_is_told_of_with_its_last_words(
-    starts: Path, monkeypatch: pytest.MonkeyPatch, status: int, tries: int
-) -> None:
-    _program(starts, f"print('no such table\\n', file=sys.stderr); sys.exit({status})", monkeypatch)
-    with (
-        closing(TemporaryServer()) as server,
-        pytest.raises(ServerError, match="ended: no such table; set PREFECT"),
-    ):
+def test_one_that_ends_is_told_of_with_its_last_words(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(starts, "print('no such table\\n', file=sys.stderr); sys.exit(3)", monkeypatch)
+    with closing(TemporaryServer()) as server, pytest.raises(ServerError, match="ended: no such table; set PREFECT"):
         server.in_use().__enter__()
-    assert len(_started(starts)) == tries
+    assert len(_started(starts)) == 1
+
+
+def test_one_that_cannot_be_started_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(ServerError, match=r"No such file or directory.*set TMPDIR"):
+        TemporaryServer()
 
 
 def test_one_that_never_answers_is_told_of_and_ended(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +112,7 @@ def test_one_that_never_answers_is_told_of_and_ended(starts: Path, monkeypatch: 
     with (
         temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 1}),
         closing(TemporaryServer()) as server,
-        pytest.raises(ServerError, match="did not answer within 1 s"),
+        pytest.raises(ServerError, match="did not answer within 1 s: it said nothing"),
     ):
         server.in_use().__enter__()
     (process,) = _started(starts)

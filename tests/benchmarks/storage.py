@@ -11,7 +11,7 @@ a time. All ways take turns; a ratio is the median of the ratios of neighbours, 
 Local files stay in the page cache. S3 is `tests.servers` on loopback: Ceph's radosgw with its disk in memory, which
 shares the machine's cores. CHUNK_BYTES is part of the format: it is changed here to measure, never to write an index.
 
-Measured on 2 cores that others used as well (obstore 0.12, radosgw 16; blocks of 96 MiB):
+Measured on 2 cores, that others used as well where nothing else is said (obstore 0.12, radosgw 16; blocks of 96 MiB):
 
 - Chunk shape: from 4 to 32 MiB no size is better everywhere. Written to S3, the ratio to raw PUTs is 0.98 to 1.09; read
   from there one at a time, to raw GETs, 0.76 to 0.97; mapped from disk, to a copy out of a memory map, 0.99 to 1.77. So
