@@ -42,8 +42,8 @@ def multiplies_int8() -> bool:
 @lru_cache(1)
 def _features() -> frozenset[str]:
     """What may be compiled: of this processor, or of the one that NUMBA_CPU_NAME or NUMBA_CPU_FEATURES ask for."""
-    told = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    found = set(told.split(","))
+    asked = vars(config)["CPU_FEATURES"]
+    found = set((codegen.get_host_cpu_features() if asked is None else asked).split(","))
     is_arm = binding.get_process_triple().startswith("aarch64")
     there = {
         "arm": is_arm,
@@ -105,7 +105,7 @@ def checked_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.floa
 def _tile_rows(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float32]) -> int:
     """Rows of each part that are multiplied with all queries before the next ones."""
     width = rows.shape[1] if len(queries) <= _FEW_QUERIES else min(rows.shape[1], COLUMNS)
-    return max(1, _TILE_BYTES // max(1, 2 * width))
+    return max(1, _TILE_BYTES // max(1, 2 * int(width)))
 
 
 def _refuse_misfits(*arrays: npt.NDArray[Any]) -> None:
