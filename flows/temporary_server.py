@@ -59,7 +59,7 @@ class TemporaryServer:
                 "PREFECT_API_URL to a server that runs"
             ) from error
         # registered before others are, so called after them: what runs still have to tell it is sent before
-        atexit.register(self.stop)
+        atexit.register(self.close)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -77,9 +77,9 @@ class TemporaryServer:
         with temporary_settings({PREFECT_API_URL: self._url}):
             yield
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End it."""
-        atexit.unregister(self.stop)
+        atexit.unregister(self.close)
         self._process.terminate()
         try:
             self._process.wait(_STOP_SECONDS)

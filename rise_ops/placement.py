@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ByteSize
 
 from rise_ops.config import ModelConfig
 from rise_ops.errors import LimitError, ModelError
@@ -23,7 +24,6 @@ USABLE = 0.9
 """Part of a GPU that is planned with; the rest is for libraries and fragments."""
 BITS = {"int8": 8.0, "nf4": 4.0 + 32 / 64}
 """Of a weight."""
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def _dtype(found: Any) -> torch.dtype:
 
 
 def _size(count: int) -> str:
-    return f"{count / _GIB:,.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:,.1f} MiB"
+    return ByteSize(count).human_readable(separator=" ")
 
 
 def _free_text(place: str) -> str:

@@ -26,12 +26,13 @@ from numba.extending import intrinsic
 
 from rise_ops.checksums import combine_crc32c, crc32c
 from rise_ops.compiled import compiled
+from rise_ops.memory import TILE_ROWS
 
-COLUMNS = 1_024
+_COLUMNS = 1_024
 """Multiplied with all queries before the next ones."""
 _FEW_QUERIES = 16
 _TILE_BYTES = 3 * 2**16
-"""Of each part of the rows, multiplied with few queries before the next ones; with many, of `COLUMNS` of them."""
+"""Of each part of the rows, multiplied with few queries before the next ones; with many, of `_COLUMNS` of them."""
 
 
 def multiplies_int8() -> bool:
@@ -70,8 +71,8 @@ def inner_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float3
     """
     _refuse_misfits(rows, queries, out)
     if "widens" not in _features():
-        for start in range(0, len(rows), _PLAIN_ROWS):
-            tile = slice(start, start + _PLAIN_ROWS)
+        for start in range(0, len(rows), TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
             np.matmul(rows[tile].astype(np.float32), queries.T, out=out[tile])
         return
     out[:] = 0
@@ -104,7 +105,7 @@ def checked_products(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.floa
 
 def _tile_rows(rows: npt.NDArray[np.float16], queries: npt.NDArray[np.float32]) -> int:
     """Rows of each part that are multiplied with all queries before the next ones."""
-    width = rows.shape[1] if len(queries) <= _FEW_QUERIES else min(rows.shape[1], COLUMNS)
+    width = rows.shape[1] if len(queries) <= _FEW_QUERIES else min(rows.shape[1], _COLUMNS)
     return max(1, _TILE_BYTES // max(1, 2 * int(width)))
 
 
@@ -139,7 +140,6 @@ _ROWS_OF_ONE = 8 if _LANES != 8 else 4
 _PARTS, _SUMMED = (4, 5) if _LANES != 8 else (4, 2)
 """Rows whose checksums are taken together, and queries that they are multiplied with meanwhile."""
 _ONES = 2**32 - 1
-_PLAIN_ROWS = 176
 _LINE = 64
 
 
@@ -188,8 +188,8 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, rows: int,
                 held = totals[r * queries + k]
                 builder.store(builder.call(fma, [wide[r], own, builder.load(held)]), held)
         for word in range(0, _LANES, 4):
-            for row, state in zip(own_rows, states):  # noqa: B905
-                at = place(0, row, builder.add(column, constant(word)), long)
+            for r, state in enumerate(states):
+                at = place(0, own_rows[r], builder.add(column, constant(word)), long)
                 builder.store(_crc_step(builder, builder.load(state), builder.load(at, align=2)), state)
     for r, row in enumerate(own_rows):
         for k, query in enumerate(own_queries):
@@ -262,8 +262,8 @@ def _multiply(rows: Any, queries: Any, out: Any, first: int, last: int, done: in
     count, width = queries.shape
     whole = width - width % _LANES
     grouped = done + (count - done) // _QUERIES * _QUERIES
-    for start in range(0, whole, COLUMNS):
-        stop = min(start + COLUMNS, whole)
+    for start in range(0, whole, _COLUMNS):
+        stop = min(start + _COLUMNS, whole)
         for k in range(done, grouped, _QUERIES):
             r = first
             while r + _ROWS <= last:
@@ -296,8 +296,8 @@ def _multiply_and_sum(rows: Any, queries: Any, out: Any, part: int, tile: int, s
     for first in range(0, part, tile):
         last = min(first + tile, part)
         for r in range(first, last):
-            for start in range(0, width, COLUMNS):
-                stop = min(start + COLUMNS, width)
+            for start in range(0, width, _COLUMNS):
+                stop = min(start + _COLUMNS, width)
                 if done == 1:
                     _one_summed(rows, r, queries, 0, out, start, stop, part, sums)
                 else:

@@ -22,6 +22,7 @@ from rise_ops.heap import steady_heap
 from rise_ops.index import BlockRecord, Float16Array, map_chunk, read_chunk, read_counts, read_records
 from rise_ops.logs import each_block
 from rise_ops.memory import TILE_ROWS, ScanMemory
+from rise_ops.products import aligned, checked_products, inner_products
 from rise_ops.progress import Progress, silent
 from rise_ops.store import Store
 from rise_ops.threads import arithmetic_pool, read_ahead
@@ -96,8 +97,6 @@ class _Scan:
     """
 
     def __init__(self, store: Store, identity: str, queries: Float32Array, *, memory: ScanMemory) -> None:
-        from rise_ops.products import aligned
-
         self._store, self._identity, self._queries = store, identity, aligned(queries)
         self._piece_rows, self._at_once = memory.piece_rows, memory.chunks
         self._rooms = [_Room() for _ in range(memory.chunks)]
@@ -124,8 +123,6 @@ class _Scan:
 
     def _chunk(self, item: tuple[int, BlockRecord, int, _Room],
                ) -> tuple[int, int, Float32Array, Float16Array, _Room]:  # fmt: skip
-        from rise_ops.products import checked_products, inner_products
-
         number, record, chunk, room = item
         if self._store.is_local:
             rows, check = map_chunk(self._store, self._identity, record, chunk)

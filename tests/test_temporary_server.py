@@ -9,8 +9,7 @@ import socket
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -46,15 +45,6 @@ def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _program(starts: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = f"import os, sys, time; open({str(starts)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
     monkeypatch.setattr(module, "_COMMAND", ["-c", head + textwrap.dedent(body)])
-
-
-@contextmanager
-def closing(server: TemporaryServer) -> Iterator[TemporaryServer]:
-    """Stop it before the process ends."""
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 def _started(starts: Path) -> list[int]:
